@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The forward sweep of one direction: time loop, input gates a chunk of steps at a time, recurrence step by step with
+// the gates in registers. One instance per cell and lane class; the cell is known here by its constants only.
+#pragma once
+#include "kernels.h"
+#include "matmul.h"
+#include "rows.h"
+
+namespace fastrnn {
+namespace cpu {
+
+template <class Cell, class V>
+class ForwardSweep {
+  using Scalar = typename V::Scalar;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr int kPanel = G == 1 ? 4 : 1;  // unit blocks side by side in one panel
+
+ public:
+  explicit ForwardSweep(const ForwardTask& task)
+      : task_(task),
+        layer_(*task.layer),
+        direction_(task.layer->direction[task.direction]),
+        rows_(*task.layer, task.direction, task.team, task.first_row),
+        units_(layer_.H, L, kPanel),
+        r_(layer_.P ? layer_.P : layer_.H),
+        h_row_(padded(r_)),
+        c_row_(padded(layer_.H)),
+        y_row_(layer_.D * r_) {
+    const int64_t member = task.team.member, members = task.team.members;
+    pack_first_ = units_.count * member / members;
+    pack_last_ = units_.count * (member + 1) / members;
+    first_panel_ = task.team.split_units ? pack_first_ : 0;
+    last_panel_ = task.team.split_units ? pack_last_ : units_.count;
+    first_unit_ = units_.first(first_panel_) * L;
+    end_unit_ = units_.first(last_panel_) * L;
+    x_gates_row_ = (end_unit_ - first_unit_) * G;
+  }
+
+  void run() {
+    pack();
+    load_states();
+    wait(task_.team.barrier, task_.team.members);
+    for (int64_t s = 0; s < layer_.T;) {
+      const int64_t end = project(s);
+      int64_t at = rows_.reversed() ? chunk_rows_ : 0;
+      for (; s < end; ++s) {
+        const int64_t t = rows_.time(s), n = rows_.active(t);
+        if (rows_.reversed()) at -= n;
+        step(s, t, n, at);
+        if (!rows_.reversed()) at += n;
+        if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
+        const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
+        if (stay < n) store_states(stay, n, (s + 1) & 1);
+      }
+    }
+  }
+
+ private:
+  static const Scalar* in(const void* p) { return static_cast<const Scalar*>(p); }
+  static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
+
+  void pack() {
+    pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_, out(task_.w_ih));
+    pack_gates<V, G>(in(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh));
+    pack_bias<V, G>(in(direction_.b_ih), units_, pack_first_, pack_last_, out(task_.b_ih));
+    pack_bias<V, G>(in(direction_.b_hh), units_, pack_first_, pack_last_, out(task_.b_hh));
+    if (layer_.P) {
+      const Panels panels(layer_.P, L, 4);
+      const int64_t member = task_.team.member, members = task_.team.members;
+      pack_gates<V, 1>(in(direction_.w_hr), layer_.H, panels, panels.count * member / members,
+                       panels.count * (member + 1) / members, out(task_.w_hr));
+    }
+  }
+
+  // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
+  void load_states() {
+    for (int64_t row = 0; row < rows_.count(); ++row) {
+      const int64_t b = rows_.batch(row);
+      for (int which = 0; which < 2; ++which) {
+        load_row<V>(in(direction_.h0) + b * r_, r_, first_state(), end_state(), out(task_.h[which]) + row * h_row_);
+      }
+      if (Cell::kStates == 2) {
+        load_row<V>(in(direction_.c0) + b * layer_.H, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
+      }
+    }
+  }
+
+  // Rows that have taken their last step hand over their state.
+  void store_states(int64_t from, int64_t to, int which) {
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t b = rows_.batch(row);
+      store_row<V>(in(task_.h[which]) + row * h_row_, r_, first_state(), end_state(), out(direction_.h_n) + b * r_);
+      if (Cell::kStates == 2) {
+        store_row<V>(in(task_.c) + row * c_row_, layer_.H, first_unit_, end_unit_, out(direction_.c_n) + b * layer_.H);
+      }
+    }
+  }
+
+  // With a projection a team never splits units.
+  int64_t first_state() const { return layer_.P ? 0 : first_unit_; }
+  int64_t end_state() const { return layer_.P ? h_row_ : end_unit_; }
+
+  // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them. A chunk holds its
+  // rows in ascending time, whichever way the sweep runs.
+  int64_t project(int64_t s) {
+    int64_t end = s;
+    chunk_rows_ = 0;
+    do {
+      chunk_rows_ += rows_.active(rows_.time(end++));
+    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows);
+    const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
+
+    TileArgs<Scalar> args;
+    args.k = layer_.I;
+    args.a_step = 1;
+    const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
+    if (!a) {
+      a = out(task_.x_rows);
+      args.a_row = layer_.I;
+      Scalar* to = out(task_.x_rows);
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t n = rows_.active(t);
+        for (int64_t row = 0; row < n; ++row, to += layer_.I) {
+          const Scalar* from = rows_.template x<Scalar>(t, row);
+          for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
+        }
+      }
+    }
+    args.init_row = 0;
+    args.out_row = x_gates_row_;
+    for (int64_t p = first_panel_; p < last_panel_; ++p) {
+      const int nv = static_cast<int>(units_.width(p)) * G;
+      const int64_t block = units_.first(p);
+      args.w = in(task_.w_ih) + block * G * L * layer_.I;
+      args.w_panel = 0;
+      args.init = in(task_.b_ih) + block * G * L;
+      const RowTiles tiles(chunk_rows_, Tiles<V>::rows(nv));
+      for (int64_t j = 0; j < tiles.tiles; ++j) {
+        const int64_t row = tiles.first(j);
+        args.a = a + row * args.a_row;
+        args.out = out(task_.x_gates) + row * x_gates_row_ + block * G * L - first_unit_ * G;
+        Tiles<V>::get(static_cast<int>(tiles.first(j + 1) - row), nv, 1)(args);
+      }
+    }
+    return end;
+  }
+
+  // One step of n rows, whose input gates begin at row `at` of the chunk. Panels are walked upwards in even steps and
+  // downwards in odd ones: what was read last is still in the cache.
+  void step(int64_t s, int64_t t, int64_t n, int64_t at) {
+    if (n == 0) return;
+    const int which = s & 1;
+    const Scalar* h = in(task_.h[which]);
+    TileArgs<Scalar> args;
+    args.k = r_;
+    args.a_row = h_row_;
+    args.a_step = 1;
+    args.init_row = 0;
+    args.out = buffer_;
+    const int pair = n <= Tiles<V>::kPaired && G > 1 ? 2 : 1;
+    const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
+    for (int64_t j = 0; j < groups; ++j) {
+      const int64_t p = first_panel_ + (which ? groups - 1 - j : j) * pair;
+      const int np = p + pair <= last_panel_ ? pair : 1;
+      const int nv = static_cast<int>(units_.width(p)) * G;
+      const int64_t block = units_.first(p);
+      args.w = in(task_.w_hh) + block * G * L * r_;
+      args.w_panel = nv * L * r_;
+      args.init = in(task_.b_hh) + block * G * L;
+      args.out_row = np * nv * L;
+      const RowTiles tiles(n, Tiles<V>::rows(nv));
+      for (int64_t i = 0; i < tiles.tiles; ++i) {
+        const int64_t row = tiles.first(i);
+        const int m = static_cast<int>(tiles.first(i + 1) - row);
+        args.a = h + row * h_row_;
+        Tiles<V>::get(m, nv, np)(args);
+        activate(t, row, m, block, np * nv / G, at, which);
+      }
+    }
+    if (layer_.P) project_h(t, n, which);
+  }
+
+  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_.
+  __attribute__((noinline)) void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
+                                          int which) {
+    const Scalar* r = buffer_;
+    const Scalar* x_gates = in(task_.x_gates) + (at + first) * x_gates_row_ + (block * L - first_unit_) * G;
+    const bool projected = layer_.P != 0;
+    for (int64_t row = first; row < first + m; ++row, x_gates += x_gates_row_) {
+      const int64_t n = rows_.index(t, row);
+      const Scalar* x = x_gates;
+      for (int64_t unit = block * L; unit < (block + blocks) * L; unit += L, r += G * L, x += G * L) {
+        V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
+        unroll<G>([&](auto g) __attribute__((always_inline)) {
+          xs[g.value] = V::load(x + g.value * L);
+          rs[g.value] = V::load(r + g.value * L);
+        });
+        Scalar* c = out(task_.c) + row * c_row_ + unit;
+        prev[0] = Cell::kStates == 2 ? V::zero() : V::load(in(task_.h[which]) + row * h_row_ + unit);
+        if constexpr (Cell::kStates == 2) prev[1] = V::load(c);
+        Cell::forward(xs, rs, prev, next, saved);
+
+        const int lanes = layer_.H - unit < L ? static_cast<int>(layer_.H - unit) : L;
+        if (projected) {
+          next[0].store(out(task_.cell_h) + row * c_row_ + unit);
+        } else {
+          next[0].store(out(task_.h[which ^ 1]) + row * h_row_ + unit);
+          store_lanes(next[0], out(layer_.y) + n * y_row_ + task_.direction * r_ + unit, lanes);
+        }
+        if constexpr (Cell::kStates == 2) {
+          next[1].store(c);
+          if (direction_.cells) store_lanes(next[1], out(direction_.cells) + n * layer_.H + unit, lanes);
+        }
+        if constexpr (Cell::kSaved > 0) {
+          if (direction_.gates) {
+            Scalar* gates = out(direction_.gates) + (n * c_row_ + unit) * Cell::kSaved;
+            unroll<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
+              saved[k.value].store(gates + k.value * L);
+            });
+          }
+        }
+      }
+    }
+  }
+
+  // h = W_hr * (o * tanh(c))
+  void project_h(int64_t t, int64_t n, int which) {
+    const Panels panels(layer_.P, L, 4);
+    TileArgs<Scalar> args;
+    args.k = layer_.H;
+    args.a_row = c_row_;
+    args.a_step = 1;
+    args.init = nullptr;
+    args.init_row = args.w_panel = 0;
+    args.out = buffer_;
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int nv = static_cast<int>(panels.width(p));
+      const int64_t unit = panels.first(p) * L;
+      args.w = in(task_.w_hr) + unit * layer_.H;
+      args.out_row = nv * L;
+      const RowTiles tiles(n, Tiles<V>::rows(nv));
+      for (int64_t i = 0; i < tiles.tiles; ++i) {
+        const int64_t first = tiles.first(i), end = tiles.first(i + 1);
+        args.a = in(task_.cell_h) + first * c_row_;
+        Tiles<V>::get(static_cast<int>(end - first), nv, 1)(args);
+        for (int64_t row = first; row < end; ++row) {
+          Scalar* y = out(layer_.y) + rows_.index(t, row) * y_row_ + task_.direction * r_;
+          for (int v = 0; v < nv; ++v) {
+            const V h = V::load(buffer_ + ((row - first) * nv + v) * L);
+            const int64_t left = r_ - (unit + v * L);
+            h.store(out(task_.h[which ^ 1]) + row * h_row_ + unit + v * L);
+            store_lanes(h, y + unit + v * L, left < L ? static_cast<int>(left) : L);
+          }
+        }
+      }
+    }
+  }
+
+  const ForwardTask& task_;
+  const LayerForward& layer_;
+  const DirectionForward& direction_;
+  const Rows rows_;
+  const Panels units_;
+  const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
+  int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
+  alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 8 * L];
+};
+
+template <class Cell, class V>
+void forward(const ForwardTask& task) {
+  ForwardSweep<Cell, V>(task).run();
+}
+
+}  // namespace cpu
+}  // namespace fastrnn

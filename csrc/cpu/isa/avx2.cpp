@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Lanes of AVX2 and FMA: 8 floats or 4 doubles. Compiled with those flags, called only where CPUID has them.
+#include <immintrin.h>
+
+#include "../table.h"
+
+namespace fastrnn {
+namespace cpu {
+namespace {
+
+// The first n of 8 (or 4) entries from 8 - n (4 - n) are set.
+alignas(32) const int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(32) const int64_t kMask64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+struct FloatAvx2 {
+  using Scalar = float;
+  static constexpr int kLanes = 8, kRegisters = 16;
+  __m256 v;
+
+  static FloatAvx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static FloatAvx2 load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_partial(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  static FloatAvx2 broadcast(float a) { return {_mm256_set1_ps(a)}; }
+  static FloatAvx2 zero() { return {_mm256_setzero_ps()}; }
+  static FloatAvx2 one() { return broadcast(1.0f); }
+  friend FloatAvx2 operator+(FloatAvx2 a, FloatAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend FloatAvx2 operator-(FloatAvx2 a, FloatAvx2 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend FloatAvx2 operator*(FloatAvx2 a, FloatAvx2 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend FloatAvx2 operator/(FloatAvx2 a, FloatAvx2 b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static FloatAvx2 fma(FloatAvx2 a, FloatAvx2 b, FloatAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  // Both return b where a or b is NaN.
+  static FloatAvx2 min(FloatAvx2 a, FloatAvx2 b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static FloatAvx2 max(FloatAvx2 a, FloatAvx2 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  // `shifted` holds the integer n in its low bits: (n + 127) moved into the exponent.
+  static FloatAvx2 exp2(FloatAvx2, FloatAvx2 shifted) {
+    const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(127));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
+  }
+  static FloatAvx2 relu(FloatAvx2 x) { return max(zero(), x); }
+  static FloatAvx2 where_positive(FloatAvx2 y, FloatAvx2 d) {
+    return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_GT_OQ), d.v)};
+  }
+  static FloatAvx2 sigmoid(FloatAvx2 x) { return cpu::sigmoid(x); }
+  static FloatAvx2 tanh(FloatAvx2 x) { return cpu::tanh(x); }
+
+  // to[k][lane] = from[lane][k], 8 by 8: pairs of floats, pairs of doubles, halves of a register.
+  static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    unroll<2>([&](auto half) __attribute__((always_inline)) {  // 4 columns at a time fit the registers
+      __m256 a[4];
+      unroll<4>([&](auto j) __attribute__((always_inline)) {
+        const float* row = from + j.value * from_row + 4 * half.value;
+        a[j.value] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * from_row), 1);
+      });
+      const __m256 low01 = _mm256_unpacklo_ps(a[0], a[1]), high01 = _mm256_unpackhi_ps(a[0], a[1]);
+      const __m256 low23 = _mm256_unpacklo_ps(a[2], a[3]), high23 = _mm256_unpackhi_ps(a[2], a[3]);
+      float* column = to + 4 * half.value * to_row;
+      _mm256_storeu_ps(column, _mm256_shuffle_ps(low01, low23, 0x44));
+      _mm256_storeu_ps(column + to_row, _mm256_shuffle_ps(low01, low23, 0xee));
+      _mm256_storeu_ps(column + 2 * to_row, _mm256_shuffle_ps(high01, high23, 0x44));
+      _mm256_storeu_ps(column + 3 * to_row, _mm256_shuffle_ps(high01, high23, 0xee));
+    });
+  }
+
+ private:
+  static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask32 + 8 - n)); }
+};
+
+struct DoubleAvx2 {
+  using Scalar = double;
+  static constexpr int kLanes = 4, kRegisters = 16;
+  __m256d v;
+
+  static DoubleAvx2 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static DoubleAvx2 load_partial(const double* p, int n) { return {_mm256_maskload_pd(p, mask(n))}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store_partial(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), v); }
+  static DoubleAvx2 broadcast(double a) { return {_mm256_set1_pd(a)}; }
+  static DoubleAvx2 zero() { return {_mm256_setzero_pd()}; }
+  static DoubleAvx2 one() { return broadcast(1.0); }
+  friend DoubleAvx2 operator+(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend DoubleAvx2 operator-(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend DoubleAvx2 operator*(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend DoubleAvx2 operator/(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_div_pd(a.v, b.v)}; }
+  static DoubleAvx2 fma(DoubleAvx2 a, DoubleAvx2 b, DoubleAvx2 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static DoubleAvx2 min(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_min_pd(a.v, b.v)}; }
+  static DoubleAvx2 max(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_max_pd(a.v, b.v)}; }
+  static DoubleAvx2 exp2(DoubleAvx2, DoubleAvx2 shifted) {
+    const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
+    return {_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};
+  }
+  static DoubleAvx2 relu(DoubleAvx2 x) { return max(zero(), x); }
+  static DoubleAvx2 where_positive(DoubleAvx2 y, DoubleAvx2 d) {
+    return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_GT_OQ), d.v)};
+  }
+  static DoubleAvx2 sigmoid(DoubleAvx2 x) { return cpu::sigmoid(x); }
+  static DoubleAvx2 tanh(DoubleAvx2 x) { return cpu::tanh(x); }
+
+  static void transpose(const double* from, int64_t from_row, double* to, int64_t to_row) {
+    const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + from_row);
+    const __m256d c = _mm256_loadu_pd(from + 2 * from_row), d = _mm256_loadu_pd(from + 3 * from_row);
+    const __m256d low_ab = _mm256_unpacklo_pd(a, b), high_ab = _mm256_unpackhi_pd(a, b);
+    const __m256d low_cd = _mm256_unpacklo_pd(c, d), high_cd = _mm256_unpackhi_pd(c, d);
+    _mm256_storeu_pd(to, _mm256_permute2f128_pd(low_ab, low_cd, 0x20));
+    _mm256_storeu_pd(to + to_row, _mm256_permute2f128_pd(high_ab, high_cd, 0x20));
+    _mm256_storeu_pd(to + 2 * to_row, _mm256_permute2f128_pd(low_ab, low_cd, 0x31));
+    _mm256_storeu_pd(to + 3 * to_row, _mm256_permute2f128_pd(high_ab, high_cd, 0x31));
+  }
+
+ private:
+  static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - n)); }
+};
+
+}  // namespace
+
+constinit const Kernels avx2_float = kernels<FloatAvx2>();
+constinit const Kernels avx2_double = kernels<DoubleAvx2>();
+
+}  // namespace cpu
+}  // namespace fastrnn

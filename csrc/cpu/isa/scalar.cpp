@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One lane of plain C++: for machines without vector code here, and the truth that the vector code is read against.
+// Nothing is fused: a software fused multiply-add would be a call.
+#include <stdint.h>
+
+#include "../table.h"
+
+namespace fastrnn {
+namespace cpu {
+namespace {
+
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Integer = uint32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+};
+template <>
+struct Bits<double> {
+  using Integer = uint64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+};
+
+template <class T>
+struct Single {
+  using Scalar = T;
+  static constexpr int kLanes = 1, kRegisters = 16;
+  T v;
+
+  static Single load(const T* p) { return {*p}; }
+  static Single load_partial(const T*, int) { return {T(0)}; }
+  void store(T* p) const { *p = v; }
+  void store_partial(T*, int) const {}
+  static Single broadcast(T a) { return {a}; }
+  static Single zero() { return {T(0)}; }
+  static Single one() { return {T(1)}; }
+  friend Single operator+(Single a, Single b) { return {a.v + b.v}; }
+  friend Single operator-(Single a, Single b) { return {a.v - b.v}; }
+  friend Single operator*(Single a, Single b) { return {a.v * b.v}; }
+  friend Single operator/(Single a, Single b) { return {a.v / b.v}; }
+  static Single fma(Single a, Single b, Single c) { return {a.v * b.v + c.v}; }
+  // Both return b where a or b is NaN.
+  static Single min(Single a, Single b) { return {a.v < b.v ? a.v : b.v}; }
+  static Single max(Single a, Single b) { return {a.v > b.v ? a.v : b.v}; }
+  // `shifted` holds the integer n in its low bits: n plus the bias moved into the exponent.
+  static Single exp2(Single, Single shifted) {
+    typename Bits<T>::Integer bits;
+    __builtin_memcpy(&bits, &shifted.v, sizeof(T));
+    bits = (bits + Bits<T>::kBias) << Bits<T>::kMantissa;
+    T scale;
+    __builtin_memcpy(&scale, &bits, sizeof(T));
+    return {scale};
+  }
+  static Single relu(Single x) { return max(zero(), x); }
+  static Single where_positive(Single y, Single d) { return {y.v > T(0) ? d.v : T(0)}; }
+  static Single sigmoid(Single x) { return cpu::sigmoid(x); }
+  static Single tanh(Single x) { return cpu::tanh(x); }
+  static void transpose(const T* from, int64_t, T* to, int64_t) { *to = *from; }
+};
+
+}  // namespace
+
+constinit const Kernels scalar_float = kernels<Single<float>>();
+constinit const Kernels scalar_double = kernels<Single<double>>();
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What run.cpp (threads, scratch) and the files in isa/ (kernels) agree on: the work of one thread, and the table of
+// functions that an instruction set offers. Plain data: no inline function stands here, so no symbol is shared by
+// objects compiled for different instruction sets.
+#pragma once
+#include <stdint.h>
+
+#include "layer.h"
+
+namespace fastrnn {
+namespace cpu {
+
+// A spinning barrier for a team that runs at the same time; each counter has a cache line of its own.
+struct Barrier {
+  alignas(64) int arrived;
+  alignas(64) int phase;
+};
+
+// Waits until all members of the team have arrived; yields the core after a while. A team of one returns at once.
+void wait(Barrier* barrier, int members);
+
+// The threads that work on one direction, and how they share it. Splitting rows needs no barrier between steps, every
+// thread runs whole sequences; splitting units keeps each thread's slice of the weights in its own cache and costs one
+// barrier a step.
+struct Team {
+  int member, members;
+  bool split_units;
+  Barrier* barrier;
+};
+
+// One thread's part of one direction, forward. Element type of every void*: the table's.
+struct ForwardTask {
+  const LayerForward* layer;
+  int direction;
+  Team team;
+  const int64_t* first_row;  // [T] first row of step t in x and y; null when padded (t*B)
+  int64_t chunk_rows;        // rows of input gates computed at a time; at least the rows of one step
+  // Shared by the team, packed here (pack.h); Hp = padded(H), Rp = padded(R), Pp = padded(P).
+  void* w_ih;  // [Hp*G*I]
+  void* w_hh;  // [Hp*G*R]
+  void* b_ih;  // [Hp*G]
+  void* b_hh;  // [Hp*G]
+  void* w_hr;  // [Pp*H], with a projection
+  // Shared by the team when it splits units, else the thread's own; rows are the thread's.
+  void* h[2];  // [rows, Rp], the state before and after a step, in turns
+  void* c;     // [rows, Hp], LSTM only
+  // The thread's own.
+  void* x_gates;  // [chunk_rows, Hp*G]
+  void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
+  void* cell_h;   // [rows, Hp], o*tanh(c) before the projection
+};
+
+// One thread's part of the backward sweep over one direction: from d_y to the gradients of the gates.
+struct BackwardTask {
+  const LayerBackward* layer;
+  int direction;
+  Team team;
+  const int64_t* first_row;
+  // Shared by the team.
+  void* w_hh;     // [G*H, Rp] in column panels
+  void* w_hr;     // [P, Hp] in column panels
+  void* d_gates;  // [N + slack, kStored*H], the result
+  void* d_h;      // [N + slack, P], dL/dh at every step, with a projection
+  void* cell_h;   // [N, H], o*tanh(c) at every step, with a projection, when d_w_hr is wanted; else null
+  // Shared by the team when it splits units, else the thread's own.
+  void* d_state;  // [rows, Rp], what reaches h other than through w_hh
+  void* d_c;      // [rows, Hp], LSTM only
+};
+
+// One thread's part of the large products after the sweeps; the team is all threads of the call.
+struct GradientTask {
+  const LayerBackward* layer;
+  Team team;
+  const int64_t* first_row;
+  const void* d_gates[2];
+  const void* d_h[2];
+  const void* cell_h[2];
+  void* w_ih[2];   // shared: [G*H, padded(I)] in column panels
+  void* panels;    // shared, twice: [kSumRows, padded(I) + padded(R)] of x and h in column panels
+  void* strip;     // own: see pack_strip
+  void* sums;      // own: [kStored*H + 16]
+};
+
+// Gradients of weights and biases are summed in panels of this many rows, each from zero, added in ascending order:
+// their bits depend on neither threads nor tiles, and the error grows with N / kSumRows + kSumRows only.
+constexpr int64_t kSumRows = 256;
+// Columns of the gate gradients that are packed at a time for the weight gradients.
+constexpr int64_t kStripColumns = 96;
+// Elements of one packed strip: 8 = the most rows of a tile, 16 = what a full-width copy may write past its end.
+constexpr int64_t kStripElements = (kStripColumns + 8) * kSumRows + 16 * (kStripColumns / 1);
+
+struct Kernels {
+  int lanes;
+  void (*forward[4])(const ForwardTask&);    // by Cell
+  void (*backward[4])(const BackwardTask&);  // by Cell
+  void (*gradients[4])(const GradientTask&);
+  // Element-wise over n values, for the tests of accuracy: 0 sigmoid, 1 tanh.
+  void (*activation)(int which, const void* x, void* y, int64_t n);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const Kernels* of_float;
+  const Kernels* of_double;
+};
+
+const Isa& chosen_isa();
+
+extern const Kernels scalar_float, scalar_double;
+extern const Kernels avx2_float, avx2_double;
+extern const Kernels avx512_float, avx512_double;
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// One recurrent layer with its directions, as plain pointers and sizes.
+// layer.cpp fills these structs from tensors; run.cpp plans threads and calls the kernels of the chosen ISA.
+// Nothing here includes torch, so every file below this line can be compiled and tested without it.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastrnn {
+namespace cpu {
+
+enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
+
+// Letters: T time, B batch, I input, H hidden units, P projection, G gates, D directions;
+// R = P with a projection, else H (the width of h); N = rows of x and y = T*B, or the packed row count.
+// Every array is contiguous and row-major unless strides are given; elements are float or double.
+
+// What one direction reads and writes in the forward pass.
+struct DirectionForward {
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, R]
+  const void* b_ih;  // [G*H] or null
+  const void* b_hh;  // [G*H] or null
+  const void* w_hr;  // [P, H] or null
+  const void* h0;    // [B, R]
+  const void* c0;    // [B, H], LSTM only, else null
+  void* h_n;         // [B, R]
+  void* c_n;         // [B, H], LSTM only, else null
+  void* gates;       // [N, saved*padded(H)], opaque layout, written when not null; null for RNN
+  void* cells;       // [N, H], c at every step, written when not null; LSTM only
+};
+
+struct LayerForward {
+  Cell cell;
+  bool is_double;  // element type of every array: double, else float
+  int64_t T, B, I, H, P, D, N;
+  const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when padded (N = T*B)
+  const void* x;               // padded: element (t, b, k) at t*x_stride_t + b*x_stride_b + k; packed: row n at n*x_stride_b
+  int64_t x_stride_t, x_stride_b;
+  void* y;  // [N, D*R]; direction d owns columns [d*R, (d+1)*R)
+  DirectionForward direction[2];
+};
+
+// What one direction reads and writes in the backward pass, beside the forward's own arrays.
+struct DirectionBackward {
+  const void* d_h_n;  // [B, R] or null (zero)
+  const void* d_c_n;  // [B, H] or null (zero)
+  void* d_h0;         // [B, R] or null (not wanted); likewise every pointer below
+  void* d_c0;         // [B, H]
+  void* d_w_ih;       // [G*H, I]
+  void* d_w_hh;       // [G*H, R]
+  void* d_b_ih;       // [G*H]
+  void* d_b_hh;       // [G*H]
+  void* d_w_hr;       // [P, H]
+};
+
+struct LayerBackward {
+  LayerForward forward;  // as it was called, with y, gates and cells filled; read only (h_n and c_n are not used)
+  const void* d_y;       // [N, D*R] or null (zero)
+  void* d_x;             // [N, I] or null (not wanted)
+  DirectionBackward direction[2];
+};
+
+// Gate blocks that each cell keeps per unit for the backward pass (RNN needs y alone).
+constexpr int64_t saved_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
+constexpr int64_t gates_per_unit(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+// Units are padded to 16 in saved and scratch arrays, whatever the ISA, so that shapes do not depend on it.
+constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
+
+// Bytes of scratch that a call needs; the caller allocates it, uninitialised, 64-byte aligned.
+// threads: at most this many are used (at::get_num_threads()).
+size_t forward_scratch_bytes(const LayerForward& layer, int threads);
+size_t backward_scratch_bytes(const LayerBackward& layer, int threads);
+
+// Runs the layer in one parallel region. Never allocates, never throws.
+void run_forward(const LayerForward& layer, int threads, void* scratch);
+void run_backward(const LayerBackward& layer, int threads, void* scratch);
+
+// The instruction sets compiled in and supported by this machine, best last. Names: scalar avx2 avx512.
+// select_isa returns false for a name that is unknown or unsupported. FASTRNN_ISA is read at the first use.
+const char* isa_name();
+bool select_isa(const char* name);
+int available_isas(const char* names[], int capacity);
+
+}  // namespace cpu
+}  // namespace fastrnn

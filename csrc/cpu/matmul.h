@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The register tile: the one matrix product of this library. Projection, recurrence and every gradient run on it.
+//
+// out[m][v] = init[m][v] + sum over k, ascending, of a[m][k] * w[k][v]      m < M rows, v < NP*NV vectors of V::kLanes
+//
+// Each output is one chain of fused multiply-adds in ascending k, whatever M, NV and NP are: bits do not depend on the
+// tile. All indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would
+// live in memory and cost up to three times (tools/check_spills.py looks at the disassembly).
+#pragma once
+#include <stdint.h>
+
+#include "pack.h"
+
+namespace fastrnn {
+namespace cpu {
+
+template <int J>
+struct Index {
+  static constexpr int value = J;
+};
+
+// Calls f(Index<0>), ..., f(Index<N-1>), expanded.
+template <int N, int J = 0, class F>
+inline __attribute__((always_inline)) void unroll(const F& f) {
+  if constexpr (J < N) {
+    f(Index<J>{});
+    unroll<N, J + 1>(f);
+  }
+}
+
+template <class Scalar>
+struct TileArgs {
+  int64_t k;            // length of the reduction, may be 0
+  const Scalar* a;      // a[m][k] at a[m*a_row + k*a_step]
+  int64_t a_row, a_step;
+  const Scalar* w;      // packed panel [k][NV][lanes]; the next of NP panels w_panel elements later
+  int64_t w_panel;
+  const Scalar* init;   // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
+  int64_t init_row;
+  Scalar* out;          // [M] rows of [NP*NV][lanes], out_row elements apart
+  int64_t out_row;
+};
+
+template <class V, int M, int NV, int NP>
+__attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
+  using Scalar = typename V::Scalar;
+  constexpr int N = NV * NP, L = V::kLanes;
+  V acc[M * N];
+  if (t.init) {
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
+      unroll<N>([&](auto v) __attribute__((always_inline)) {
+        acc[m.value * N + v.value] = V::load(t.init + m.value * t.init_row + v.value * L);
+      });
+    });
+  } else {
+    unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
+  }
+  const Scalar* a = t.a;
+  const Scalar* w = t.w;
+  const int64_t a_row = t.a_row, a_step = t.a_step, w_panel = t.w_panel;
+  for (int64_t k = t.k; k > 0; --k) {
+    // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2.
+    if constexpr (N <= M) {
+      V b[N];
+      unroll<N>([&](auto v) __attribute__((always_inline)) {
+        b[v.value] = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+      });
+      unroll<M>([&](auto m) __attribute__((always_inline)) {
+        const V s = V::broadcast(a[m.value * a_row]);
+        unroll<N>([&](auto v) __attribute__((always_inline)) {
+          acc[m.value * N + v.value] = V::fma(s, b[v.value], acc[m.value * N + v.value]);
+        });
+      });
+    } else {
+      V s[M];
+      unroll<M>([&](auto m) __attribute__((always_inline)) { s[m.value] = V::broadcast(a[m.value * a_row]); });
+      unroll<N>([&](auto v) __attribute__((always_inline)) {
+        const V b = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+        unroll<M>([&](auto m) __attribute__((always_inline)) {
+          acc[m.value * N + v.value] = V::fma(s[m.value], b, acc[m.value * N + v.value]);
+        });
+      });
+    }
+    a += a_step;
+    w += NV * L;
+  }
+  unroll<M>([&](auto m) __attribute__((always_inline)) {
+    unroll<N>([&](auto v) __attribute__((always_inline)) {
+      acc[m.value * N + v.value].store(t.out + m.value * t.out_row + v.value * L);
+    });
+  });
+}
+
+// The instances: as many rows as the registers hold beside the operands; two panels at once while rows are few.
+template <class V>
+struct Tiles {
+  using Scalar = typename V::Scalar;
+  using Function = void (*)(const TileArgs<Scalar>&);
+  static constexpr bool kWide = V::kRegisters >= 32;
+  static constexpr int kRows4 = kWide ? 6 : 3, kRows3 = kWide ? 8 : 4, kRows2 = kWide ? 8 : 5, kRows1 = 8;
+  static constexpr int kMostRows = 8;
+  static constexpr int kPaired = kWide ? 3 : 1;  // rows up to which two panels run at once
+
+  // Rows of the largest tile for panels of nv vectors.
+  static constexpr int rows(int nv) { return nv == 4 ? kRows4 : nv == 3 ? kRows3 : nv == 2 ? kRows2 : kRows1; }
+
+  static Function get(int m, int nv, int np) {
+    static constexpr Function one[4][kMostRows] = {
+        {tile<V, 1, 1, 1>, tile<V, 2, 1, 1>, tile<V, 3, 1, 1>, tile<V, 4, 1, 1>, tile<V, 5, 1, 1>, tile<V, 6, 1, 1>,
+         tile<V, 7, 1, 1>, tile<V, 8, 1, 1>},
+        {tile<V, 1, 2, 1>, tile<V, 2, 2, 1>, tile<V, 3, 2, 1>, tile<V, 4, 2, 1>, tile<V, 5, 2, 1>,
+         tile<V, kWide ? 6 : 1, 2, 1>, tile<V, kWide ? 7 : 1, 2, 1>, tile<V, kWide ? 8 : 1, 2, 1>},
+        {tile<V, 1, 3, 1>, tile<V, 2, 3, 1>, tile<V, 3, 3, 1>, tile<V, 4, 3, 1>, tile<V, kWide ? 5 : 1, 3, 1>,
+         tile<V, kWide ? 6 : 1, 3, 1>, tile<V, kWide ? 7 : 1, 3, 1>, tile<V, kWide ? 8 : 1, 3, 1>},
+        {tile<V, 1, 4, 1>, tile<V, 2, 4, 1>, tile<V, 3, 4, 1>, tile<V, kWide ? 4 : 1, 4, 1>,
+         tile<V, kWide ? 5 : 1, 4, 1>, tile<V, kWide ? 6 : 1, 4, 1>, nullptr, nullptr}};
+    static constexpr Function two[2][3] = {
+        {tile<V, 1, 3, 2>, tile<V, kWide ? 2 : 1, 3, 2>, tile<V, kWide ? 3 : 1, 3, 2>},
+        {tile<V, 1, 4, 2>, tile<V, kWide ? 2 : 1, 4, 2>, tile<V, kWide ? 3 : 1, 4, 2>}};
+    return np == 2 ? two[nv - 3][m - 1] : one[nv - 1][m - 1];
+  }
+};
+
+namespace {
+
+// Cuts n rows into tiles of nearly equal height, none above `most`.
+struct RowTiles {
+  int64_t n, tiles;
+  RowTiles(int64_t rows, int most) : n(rows), tiles((rows + most - 1) / most) {}
+  int64_t first(int64_t tile) const { return tile * n / tiles; }
+};
+
+}  // namespace
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Weights and rows laid out as the register tile reads them: panels [k][vectors][lanes], read once from front to back.
+// Called by the sweeps, by the threads of a team for their share of the panels.
+#pragma once
+#include <stdint.h>
+
+namespace fastrnn {
+namespace cpu {
+
+namespace {  // compiled once per instruction set: nothing that is not a template on V may be shared
+
+// n units in blocks of `lanes`, the blocks in panels of nearly equal width, at most `most` blocks each.
+struct Panels {
+  int64_t n, lanes, blocks, count;
+  Panels(int64_t units, int64_t lanes_, int64_t most)
+      : n(units), lanes(lanes_), blocks((units + lanes_ - 1) / lanes_), count((blocks + most - 1) / most) {}
+  int64_t first(int64_t panel) const { return panel * blocks / count; }
+  int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+}  // namespace
+
+// w [G*H, K], a row per gate and unit -> for each panel [k][block][gate][lanes], zero past H.
+template <class V, int G>
+void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panels, int64_t p0, int64_t p1,
+                typename V::Scalar* packed) {
+  constexpr int L = V::kLanes;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t width = panels.width(p), step = width * G * L;
+    typename V::Scalar* panel = packed + panels.first(p) * G * L * k_size;
+    for (int64_t block = 0; block < width; ++block) {
+      for (int g = 0; g < G; ++g) {
+        const int64_t unit = (panels.first(p) + block) * L;
+        const typename V::Scalar* from = w + (g * panels.n + unit) * k_size;
+        typename V::Scalar* to = panel + (block * G + g) * L;
+        const int64_t rows = panels.n - unit < L ? panels.n - unit : L;
+        int64_t k = 0;
+        if (rows == L) {
+          for (; k + L <= k_size; k += L) V::transpose(from + k, k_size, to + k * step, step);
+        }
+        for (int64_t lane = 0; lane < L; ++lane) {
+          for (int64_t rest = k; rest < k_size; ++rest) {
+            to[rest * step + lane] = lane < rows ? from[lane * k_size + rest] : typename V::Scalar(0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// b [G*H] or null -> [block][gate][lanes], zero past H.
+template <class V, int G>
+void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, int64_t p1,
+               typename V::Scalar* packed) {
+  constexpr int L = V::kLanes;
+  for (int64_t block = panels.first(p0); block < panels.first(p1); ++block) {
+    for (int g = 0; g < G; ++g) {
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const int64_t unit = block * L + lane;
+        packed[(block * G + g) * L + lane] = b && unit < panels.n ? b[g * panels.n + unit] : typename V::Scalar(0);
+      }
+    }
+  }
+}
+
+// Rows row(0), ..., row(k_size - 1) of panels.n columns -> for each panel [k][block][lanes], zero past the last column.
+// No transpose: a panel is a strip of columns.
+template <class V, class Row>
+inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t k_size, const Panels& panels,
+                                                        int64_t p0, int64_t p1, typename V::Scalar* packed) {
+  constexpr int L = V::kLanes;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t width = panels.width(p), column = panels.first(p) * L;
+    const int64_t rest = panels.n - column < width * L ? panels.n - column : width * L;
+    typename V::Scalar* to = packed + column * k_size;
+    for (int64_t k = 0; k < k_size; ++k, to += width * L) {
+      const typename V::Scalar* from = row(k) + column;
+      int64_t j = 0;
+      for (; j + L <= rest; j += L) V::load(from + j).store(to + j);
+      if (j < rest) V::load_partial(from + j, static_cast<int>(rest - j)).store(to + j);
+    }
+  }
+}
+
+// Columns [0, columns) of a [rows, a_row] -> tiles of m columns, tile after tile [row][m], `strip_tile` elements apart.
+// Whole vectors are copied: what runs over is overwritten by the next row, or lies in the slack behind the tile; as
+// much is read past the last column.
+template <class V>
+void pack_strip(const typename V::Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int m, int64_t strip_tile,
+                typename V::Scalar* strip) {
+  for (int64_t row = 0; row < rows; ++row, a += a_row) {
+    typename V::Scalar* to = strip + row * m;
+    for (int64_t column = 0; column < columns; column += m, to += strip_tile) {
+      for (int lane = 0; lane < m; lane += V::kLanes) V::load(a + column + lane).store(to + lane);
+    }
+  }
+}
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which rows of a (padded or packed) batch a thread runs, in which order of time, and where they lie. Rows are sorted
+// by length, longest first, so that the rows active at a step are always the first ones. Used by both sweeps.
+#pragma once
+#include "kernels.h"
+
+namespace fastrnn {
+namespace cpu {
+namespace {  // compiled once per instruction set: nothing here may be shared
+
+class Rows {
+ public:
+  Rows(const LayerForward& layer, int direction, const Team& team, const int64_t* first_row)
+      : layer_(layer), first_row_(first_row), reversed_(direction == 1) {
+    const int64_t B = layer.B;
+    if (team.split_units || team.members == 1) {
+      first_ = 0, stride_ = 1, count_ = B;
+    } else if (layer.batch_sizes) {  // dealt in turn, so that every thread gets long and short rows
+      first_ = team.member, stride_ = team.members;
+      count_ = (B - team.member + team.members - 1) / team.members;
+    } else {
+      first_ = B * team.member / team.members, stride_ = 1;
+      count_ = B * (team.member + 1) / team.members - first_;
+    }
+  }
+
+  bool reversed() const { return reversed_; }
+  int64_t count() const { return count_; }
+  int64_t stride() const { return stride_; }
+  // The time of the s-th step of the sweep.
+  int64_t time(int64_t s) const { return reversed_ ? layer_.T - 1 - s : s; }
+  // How many of this thread's rows are active at time t.
+  int64_t active(int64_t t) const {
+    if (!layer_.batch_sizes) return count_;
+    const int64_t n = (layer_.batch_sizes[t] - first_ + stride_ - 1) / stride_;
+    return n < 0 ? 0 : n < count_ ? n : count_;
+  }
+  // The batch index of this thread's row, and its row in y, gates and cells at time t.
+  int64_t batch(int64_t row) const { return first_ + row * stride_; }
+  int64_t index(int64_t t, int64_t row) const { return (first_row_ ? first_row_[t] : t * layer_.B) + batch(row); }
+
+  template <class Scalar>
+  const Scalar* x(int64_t t, int64_t row) const {
+    const Scalar* x = static_cast<const Scalar*>(layer_.x);
+    return first_row_ ? x + index(t, row) * layer_.x_stride_b
+                      : x + t * layer_.x_stride_t + batch(row) * layer_.x_stride_b;
+  }
+
+  // The active rows of times [t0, t1), in that order, if they lie at one stride; else null.
+  template <class Scalar>
+  const Scalar* x_at_one_stride(int64_t t0, int64_t t1, int64_t* row_stride) const {
+    *row_stride = stride_ * layer_.x_stride_b;
+    if (t1 - t0 == 1) return x<Scalar>(t0, 0);
+    if (stride_ != 1 || count_ != layer_.B) return nullptr;
+    if (first_row_) return x<Scalar>(t0, 0);
+    if (layer_.B == 1) *row_stride = layer_.x_stride_t;
+    return layer_.B == 1 || layer_.x_stride_t == layer_.B * layer_.x_stride_b ? x<Scalar>(t0, 0) : nullptr;
+  }
+
+ private:
+  const LayerForward& layer_;
+  const int64_t* first_row_;
+  bool reversed_;
+  int64_t first_, stride_, count_;
+};
+
+}  // namespace
+
+// All lanes, or the first few.
+template <class V>
+inline __attribute__((always_inline)) void store_lanes(V v, typename V::Scalar* to, int lanes) {
+  if (lanes == V::kLanes) {
+    v.store(to);
+  } else {
+    v.store_partial(to, lanes);
+  }
+}
+
+template <class V>
+inline __attribute__((always_inline)) V load_lanes(const typename V::Scalar* from, int lanes) {
+  return lanes == V::kLanes ? V::load(from) : V::load_partial(from, lanes);
+}
+
+// Columns [first, end) of a row of n columns into a padded row, zero past n; and back.
+template <class V>
+void load_row(const typename V::Scalar* from, int64_t n, int64_t first, int64_t end, typename V::Scalar* to) {
+  for (int64_t j = first; j < end; ++j) to[j] = j < n ? from[j] : typename V::Scalar(0);
+}
+
+template <class V>
+void store_row(const typename V::Scalar* from, int64_t n, int64_t first, int64_t end, typename V::Scalar* to) {
+  for (int64_t j = first; j < end && j < n; ++j) to[j] = from[j];
+}
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From one call to threads: chooses how a layer is split, lays out the scratch memory, opens the one parallel region and
+// hands every thread its task. layer.cpp calls run_forward and run_backward; the kernels are in isa/.
+#include <omp.h>
+#include <pthread.h>
+#include <sched.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <xmmintrin.h>
+#endif
+
+#include <atomic>
+
+#include "kernels.h"
+
+namespace fastrnn {
+namespace cpu {
+
+void wait(Barrier* barrier, int members) {
+  if (members == 1) return;
+  const int phase = __atomic_load_n(&barrier->phase, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == members) {
+    __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  // About 20 us of spinning; a member that lost its core is then given ours.
+  for (int spins = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
+    if (spins < 1000) {
+#if defined(__x86_64__) || defined(__i386__)
+      _mm_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+namespace {
+
+// GNU OpenMP does not survive a fork: a child whose parent ran a team must not open one.
+std::atomic<bool> forked{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+constexpr int kMostThreads = 256;
+
+// Threads per direction, and how many directions run at once.
+struct Plan {
+  int threads;    // of the region
+  int members;    // of each team
+  bool together;  // both directions at once, a team each; else one after the other by the same team
+  bool split_units;
+};
+
+// Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
+struct Cost {
+  const LayerForward& layer;
+  const Kernels& kernels;
+  double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
+  double gates() const { return static_cast<double>(gates_per_unit(layer.cell)); }
+  // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights.
+  double step(double rows, double parts) const {
+    const double units = static_cast<double>(layer.H) / parts;
+    const double product = gates() * units * (width() + static_cast<double>(layer.I)) * rows;
+    const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
+    const double streamed = weights / (weights > 1.5e6 ? 60.0 : 110.0);
+    const double computed = product / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
+    return computed > streamed ? computed : streamed;
+  }
+};
+
+constexpr double kBarrier = 400, kRegion = 2000;  // ns
+
+Plan plan(const LayerForward& layer, const Kernels& kernels, int threads) {
+  Plan serial{1, 1, false, false};
+  if (threads > kMostThreads) threads = kMostThreads;
+  if (threads < 2 || forked || omp_in_parallel()) return serial;
+  const Cost cost{layer, kernels};
+  const bool together = layer.D == 2;
+  const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
+  double best = T * cost.step(B, 1) * static_cast<double>(layer.D);
+  Plan chosen = serial;
+  for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
+    const int used = members * (together ? 2 : 1);
+    // The longest share of rows counts; fewer rows than members leave some idle.
+    const int64_t rows = (layer.B + members - 1) / members;
+    const double by_rows = T * cost.step(static_cast<double>(rows), 1) + kRegion;
+    if (by_rows < best && members <= layer.B) best = by_rows, chosen = Plan{used, members, together, false};
+    const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
+    const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
+    const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + kRegion;
+    if (by_units < best && members > 1 && members <= blocks && !layer.P) {
+      best = by_units, chosen = Plan{used, members, together, true};
+    }
+  }
+  return chosen;
+}
+
+// Hands out pieces of the scratch block, each on its own cache lines. Without a block it only counts.
+class Scratch {
+ public:
+  Scratch(void* begin, size_t element) : begin_(static_cast<char*>(begin)), element_(element) {}
+  void* take(int64_t elements) { return bytes(static_cast<size_t>(elements) * element_); }
+  void* bytes(size_t n) {
+    void* piece = begin_ ? begin_ + used_ : nullptr;
+    used_ += (n + 127) / 64 * 64;  // one line between pieces: neighbours never share one
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  size_t element_, used_ = 0;
+};
+
+int64_t width_of_h(const LayerForward& layer) { return layer.P ? layer.P : layer.H; }
+
+// Rows of input gates per chunk: about 256 KB of them, so that they are still cached when the steps read them, but at
+// least 192 rows, since W_ih is streamed once a chunk.
+int64_t chunk_rows(const LayerForward& layer, int64_t rows) {
+  const int64_t row_bytes = padded(layer.H) * gates_per_unit(layer.cell) * (layer.is_double ? 8 : 4);
+  int64_t chunk = 256 * 1024 / row_bytes;
+  if (chunk < 192) chunk = 192;
+  if (chunk < rows) chunk = rows;
+  const int64_t all = rows * layer.T;
+  return chunk < all ? chunk : all;
+}
+
+int64_t most_rows(const LayerForward& layer, const Plan& plan) {
+  return plan.split_units ? layer.B : (layer.B + plan.members - 1) / plan.members;
+}
+
+const int64_t* first_rows(const LayerForward& layer, Scratch& scratch) {
+  if (!layer.batch_sizes) return nullptr;
+  int64_t* first = static_cast<int64_t*>(scratch.bytes(static_cast<size_t>(layer.T) * sizeof(int64_t)));
+  for (int64_t t = 0, n = 0; first && t < layer.T; n += layer.batch_sizes[t++]) first[t] = n;
+  return first;
+}
+
+Barrier* barrier(Scratch& scratch) {
+  Barrier* made = static_cast<Barrier*>(scratch.bytes(sizeof(Barrier)));
+  if (made) made->arrived = made->phase = 0;
+  return made;
+}
+
+// The region's threads take on the floating-point mode of the caller (denormals, rounding) and give theirs back.
+class FloatingPointMode {
+ public:
+#if defined(__x86_64__) || defined(__i386__)
+  explicit FloatingPointMode(unsigned caller) : own_(_mm_getcsr()) { _mm_setcsr(caller); }
+  ~FloatingPointMode() { _mm_setcsr(own_); }
+  static unsigned current() { return _mm_getcsr(); }
+
+ private:
+  unsigned own_;
+#else
+  explicit FloatingPointMode(unsigned) {}
+  static unsigned current() { return 0; }
+#endif
+};
+
+// Runs body(thread) on `threads` threads of one region. If the runtime grants fewer, `fewer` runs in their place on one
+// thread: a team that waits for members who never come would hang.
+template <class Body, class Fewer>
+void run_region(int threads, const Body& body, const Fewer& fewer) {
+  if (threads == 1) {
+    body(0);
+    return;
+  }
+  const unsigned mode = FloatingPointMode::current();
+  bool granted = true;
+#pragma omp parallel num_threads(threads)
+  {
+    if (omp_get_num_threads() == threads) {
+      FloatingPointMode same(mode);
+      body(omp_get_thread_num());
+    } else if (omp_get_thread_num() == 0) {
+      granted = false;
+    }
+  }
+  if (!granted) fewer();
+}
+
+struct ForwardWork {
+  Plan plan;
+  ForwardTask tasks[2][kMostThreads];
+};
+
+// Lays out tasks of every direction and member; directions that run one after the other share their scratch.
+void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, ForwardTask (*tasks)[kMostThreads]) {
+  const int64_t G = gates_per_unit(layer.cell), Hp = padded(layer.H), R = width_of_h(layer), Rp = padded(R);
+  const int64_t rows = most_rows(layer, plan), chunk = chunk_rows(layer, rows);
+  const int64_t* first = first_rows(layer, scratch);
+  for (int d = 0; d < layer.D; ++d) {
+    if (d == 1 && !plan.together) {
+      for (int member = 0; tasks && member < plan.members; ++member) {
+        tasks[1][member] = tasks[0][member];
+        tasks[1][member].direction = 1;
+      }
+      break;
+    }
+    ForwardTask shared{};
+    shared.layer = &layer;
+    shared.direction = d;
+    shared.team = Team{0, plan.members, plan.split_units, barrier(scratch)};
+    shared.first_row = first;
+    shared.chunk_rows = chunk;
+    shared.w_ih = scratch.take(Hp * G * layer.I);
+    shared.w_hh = scratch.take(Hp * G * R);
+    shared.b_ih = scratch.take(Hp * G);
+    shared.b_hh = scratch.take(Hp * G);
+    shared.w_hr = scratch.take(layer.P ? Rp * layer.H : 0);
+    for (int member = 0; member < plan.members; ++member) {
+      if (member == 0 || !plan.split_units) {
+        shared.h[0] = scratch.take(rows * Rp);
+        shared.h[1] = scratch.take(rows * Rp);
+        shared.c = scratch.take(layer.cell == Cell::lstm ? rows * Hp : 0);
+      }
+      ForwardTask task = shared;
+      task.team.member = member;
+      task.x_gates = scratch.take(chunk * Hp * G);
+      task.x_rows = scratch.take(chunk * layer.I);
+      task.cell_h = scratch.take(layer.P ? rows * Hp : 0);
+      if (tasks) tasks[d][member] = task;
+    }
+  }
+}
+
+void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, BackwardTask (*sweeps)[kMostThreads],
+             GradientTask* gradients) {
+  const LayerForward& forward = layer.forward;
+  const int64_t G = gates_per_unit(forward.cell), Hp = padded(forward.H), R = width_of_h(forward), Rp = padded(R);
+  const int64_t stored = forward.cell == Cell::lstm || forward.cell == Cell::gru ? 4 : 1;
+  const int64_t rows = most_rows(forward, plan), slack = 64;
+  GradientTask gradient{};
+  gradient.layer = &layer;
+  gradient.team = Team{0, plan.threads, false, barrier(scratch)};
+  gradient.first_row = first_rows(forward, scratch);
+  for (int d = 0; d < forward.D; ++d) {
+    const bool project_gradient = layer.direction[d].d_w_hr != nullptr;
+    BackwardTask shared{};
+    shared.layer = &layer;
+    shared.direction = d;
+    shared.team = Team{0, plan.members, plan.split_units, barrier(scratch)};
+    shared.first_row = gradient.first_row;
+    shared.w_hh = scratch.take(Rp * G * forward.H);
+    shared.w_hr = scratch.take(forward.P ? Hp * forward.P : 0);
+    shared.d_gates = scratch.take(forward.N * stored * forward.H + slack);
+    shared.d_h = scratch.take(forward.P ? forward.N * forward.P + slack : 0);
+    void* cell_h = scratch.take(project_gradient ? forward.N * forward.H : 0);
+    shared.cell_h = project_gradient ? cell_h : nullptr;
+    gradient.d_gates[d] = shared.d_gates;
+    gradient.d_h[d] = shared.d_h;
+    gradient.cell_h[d] = shared.cell_h;
+    gradient.w_ih[d] = scratch.take(layer.d_x ? padded(forward.I) * G * forward.H : 0);
+    for (int member = 0; member < plan.members; ++member) {
+      if (member == 0 || !plan.split_units) {
+        shared.d_state = scratch.take(rows * Rp);
+        shared.d_c = scratch.take(forward.cell == Cell::lstm ? rows * Hp : 0);
+      }
+      shared.team.member = member;
+      if (sweeps) sweeps[d][member] = shared;
+    }
+  }
+  gradient.panels = scratch.take(2 * kSumRows * (padded(forward.I) + Rp + (forward.P ? Hp : 0)));
+  for (int thread = 0; thread < plan.threads; ++thread) {
+    gradient.team.member = thread;
+    gradient.strip = scratch.take(kStripElements);
+    gradient.sums = scratch.take(kStripColumns + 16);
+    if (gradients) gradients[thread] = gradient;
+  }
+}
+
+const Kernels& kernels_for(const LayerForward& layer) {
+  return layer.is_double ? *chosen_isa().of_double : *chosen_isa().of_float;
+}
+
+size_t element(const LayerForward& layer) { return layer.is_double ? 8 : 4; }
+
+void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
+  Scratch scratch(memory, element(layer));
+  static thread_local ForwardTask tasks[2][kMostThreads];
+  ForwardTask(*shared)[kMostThreads] = tasks;  // the caller's, for every thread of the region
+  lay_out(layer, plan, scratch, shared);
+  const auto run = kernels_for(layer).forward[static_cast<int>(layer.cell)];
+  run_region(
+      plan.threads,
+      [&](int thread) {
+        if (plan.together) {
+          run(shared[thread / plan.members][thread % plan.members]);
+          return;
+        }
+        for (int d = 0; d < layer.D; ++d) {
+          if (d > 0) wait(shared[0][0].team.barrier, plan.members);  // the scratch of direction 0 is used again
+          run(shared[d][thread]);
+        }
+      },
+      [&] { forward_with(layer, Plan{1, 1, false, false}, memory); });
+}
+
+void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
+  Scratch scratch(memory, element(layer.forward));
+  static thread_local BackwardTask sweeps[2][kMostThreads];
+  static thread_local GradientTask gradients[kMostThreads];
+  BackwardTask(*sweep_tasks)[kMostThreads] = sweeps;
+  GradientTask* gradient_tasks = gradients;
+  lay_out(layer, plan, scratch, sweep_tasks, gradient_tasks);
+  const Kernels& kernels = kernels_for(layer.forward);
+  const auto sweep = kernels.backward[static_cast<int>(layer.forward.cell)];
+  const auto products = kernels.gradients[static_cast<int>(layer.forward.cell)];
+  run_region(
+      plan.threads,
+      [&](int thread) {
+        if (plan.together) {
+          sweep(sweep_tasks[thread / plan.members][thread % plan.members]);
+        } else {
+          for (int d = 0; d < layer.forward.D; ++d) sweep(sweep_tasks[d][thread]);
+        }
+        wait(gradient_tasks[0].team.barrier, plan.threads);
+        products(gradient_tasks[thread]);
+      },
+      [&] { backward_with(layer, Plan{1, 1, false, false}, memory); });
+}
+
+}  // namespace
+
+// Both counts cover the plan for these threads and the plan for one, which takes its place if the runtime grants fewer.
+size_t forward_scratch_bytes(const LayerForward& layer, int threads) {
+  Scratch planned(nullptr, element(layer)), serial(nullptr, element(layer));
+  lay_out(layer, plan(layer, kernels_for(layer), threads), planned, nullptr);
+  lay_out(layer, Plan{1, 1, false, false}, serial, nullptr);
+  return planned.used() > serial.used() ? planned.used() : serial.used();
+}
+
+size_t backward_scratch_bytes(const LayerBackward& layer, int threads) {
+  Scratch planned(nullptr, element(layer.forward)), serial(nullptr, element(layer.forward));
+  lay_out(layer, plan(layer.forward, kernels_for(layer.forward), threads), planned, nullptr, nullptr);
+  lay_out(layer, Plan{1, 1, false, false}, serial, nullptr, nullptr);
+  return planned.used() > serial.used() ? planned.used() : serial.used();
+}
+
+void run_forward(const LayerForward& layer, int threads, void* scratch) {
+  forward_with(layer, plan(layer, kernels_for(layer), threads), scratch);
+}
+
+void run_backward(const LayerBackward& layer, int threads, void* scratch) {
+  backward_with(layer, plan(layer.forward, kernels_for(layer.forward), threads), scratch);
+}
+
+}  // namespace cpu
+}  // namespace fastrnn

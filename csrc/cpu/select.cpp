@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which instruction set runs: the best that the machine has, or the one that FASTRNN_ISA or select_isa names.
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "kernels.h"
+
+namespace fastrnn {
+namespace cpu {
+namespace {
+
+bool always() { return true; }
+#if defined(__x86_64__)
+// Every feature on its own flag; the built-in also asks whether the system saves the registers.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best last.
+const Isa isas[] = {
+    {"scalar", always, &scalar_float, &scalar_double},
+#if defined(__x86_64__)
+    {"avx2", has_avx2, &avx2_float, &avx2_double},
+    {"avx512", has_avx512, &avx512_float, &avx512_double},
+#endif
+};
+
+const Isa* find(const char* name) {
+  for (const Isa& isa : isas) {
+    if (name && strcmp(isa.name, name) == 0 && isa.supported()) return &isa;
+  }
+  return nullptr;
+}
+
+const Isa* best() {
+  const Isa* found = &isas[0];
+  for (const Isa& isa : isas) {
+    if (isa.supported()) found = &isa;
+  }
+  return found;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+}  // namespace
+
+const Isa& chosen_isa() {
+  const Isa* isa = chosen.load(std::memory_order_acquire);
+  if (!isa) {
+    isa = find(getenv("FASTRNN_ISA"));
+    if (!isa) isa = best();
+    chosen.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+const char* isa_name() { return chosen_isa().name; }
+
+bool select_isa(const char* name) {
+  const Isa* isa = find(name);
+  if (isa) chosen.store(isa, std::memory_order_release);
+  return isa != nullptr;
+}
+
+int available_isas(const char* names[], int capacity) {
+  int n = 0;
+  for (const Isa& isa : isas) {
+    if (isa.supported() && n < capacity) names[n++] = isa.name;
+  }
+  return n;
+}
+
+}  // namespace cpu
+}  // namespace fastrnn

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Everything that is compiled once per lane class, gathered into the table that run.cpp calls. Included by isa/*.cpp.
+#pragma once
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "backward.h"
+#include "forward.h"
+#include "gradients.h"
+#include "kernels.h"
+#include "math.h"
+
+namespace fastrnn {
+namespace cpu {
+
+template <class V>
+void activation(int which, const void* x, void* y, int64_t n) {
+  const typename V::Scalar* from = static_cast<const typename V::Scalar*>(x);
+  typename V::Scalar* to = static_cast<typename V::Scalar*>(y);
+  for (int64_t j = 0; j < n; j += V::kLanes) {
+    const int lanes = n - j < V::kLanes ? static_cast<int>(n - j) : V::kLanes;
+    const V a = load_lanes<V>(from + j, lanes);
+    store_lanes(which == 0 ? V::sigmoid(a) : V::tanh(a), to + j, lanes);
+  }
+}
+
+// The cells, in the order of enum Cell. A new cell is one more line in each row.
+template <class V>
+constexpr Kernels kernels() {
+  return {V::kLanes,
+          {forward<Lstm, V>, forward<Gru, V>, forward<Rnn<Tanh>, V>, forward<Rnn<Relu>, V>},
+          {backward<Lstm, V>, backward<Gru, V>, backward<Rnn<Tanh>, V>, backward<Rnn<Relu>, V>},
+          {gradients<Lstm, V>, gradients<Gru, V>, gradients<Rnn<Tanh>, V>, gradients<Rnn<Relu>, V>},
+          activation<V>};
+}
+
+}  // namespace cpu
+}  // namespace fastrnn
