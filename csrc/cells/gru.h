@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Gated recurrent unit (Cho et al. 2014) with the reset gate applied after the product, as torch.nn.GRU and cuDNN have it.
-// Included by the sweeps of csrc/cpu and csrc/cuda.
+// Gated recurrent unit (Cho et al. 2014) with the reset gate applied after the product, as torch.nn.GRU and cuDNN have
+// it. Included by the sweeps of csrc/cpu and csrc/cuda.
 #pragma once
 #include "cell.h"
 

@@ -5,6 +5,7 @@
 //   dL/dh[t] = d_y[t] + d_r[t+1] * W_hh + (what reaches h[t] past W_hh)        W_hh as it lies: no transpose
 //   with a projection h = W_hr m:   dL/dm[t] = dL/dh[t] * W_hr
 #pragma once
+#include "group.h"
 #include "kernels.h"
 #include "matmul.h"
 #include "rows.h"
@@ -16,6 +17,7 @@ template <class Cell, class V>
 class BackwardSweep {
   using Scalar = typename V::Scalar;
   static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr int kBufferRows = 48, kAtOnce = V::kRegisters >= 32 ? 2 : 1;  // as forward
 
  public:
   explicit BackwardSweep(const BackwardTask& task)
@@ -100,10 +102,11 @@ class BackwardSweep {
     }
   }
 
-  // The product d_r[t_before] * W_hh for m rows and one panel, into buffer_.
-  void recur(int64_t row, int m, int64_t panel, bool active) {
+  // sums = d_r[t_before] * W_hh for m rows and one panel.
+  // `ahead`: what the tile fetches into the cache, or null.
+  void recur(int64_t row, int m, int64_t panel, bool active, Scalar* sums, const Scalar* ahead = nullptr) {
     const int nv = static_cast<int>(states_.width(panel));
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = active ? G * layer_.H : 0;
     args.a = in(task_.d_gates) + (active ? rows_.index(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H : 0);
     args.a_row = d_row_ * rows_.stride();
@@ -111,12 +114,14 @@ class BackwardSweep {
     args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H;
     args.w_panel = args.init_row = 0;
     args.init = nullptr;
-    args.out = buffer_;
+    args.ahead = ahead;
+    args.out = sums;
     args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
   }
 
-  // Rows [from, to) of one step; `active`: they took part in the step after it. Panels in alternating order, as forward.
+  // Rows [from, to) of one step; `active`: they took part in the step after it. Panels in alternating order, as
+  // forward.
   void step(int64_t s, int64_t t, int64_t from, int64_t to, bool active) {
     if (from == to) return;
     const Panels& panels = layer_.P ? units_ : states_;
@@ -124,28 +129,43 @@ class BackwardSweep {
     for (int64_t j = 0; j < last - first; ++j) {
       const int64_t p = s & 1 ? last - 1 - j : first + j;
       const int nv = static_cast<int>(panels.width(p));
+      const int64_t next = s & 1 ? p - 1 : p + 1;
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles; ++i) {
-        const int64_t row = from + tiles.first(i);
-        const int m = static_cast<int>(from + tiles.first(i + 1) - row);
-        if (layer_.P) {
-          TileArgs<Scalar> args;
-          args.k = layer_.P;
-          args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P;
-          args.a_row = layer_.P * rows_.stride();
-          args.a_step = 1;
-          args.w = in(task_.w_hr) + panels.first(p) * L * layer_.P;
-          args.w_panel = args.init_row = 0;
-          args.init = nullptr;
-          args.out = buffer_;
-          args.out_row = nv * L;
-          Tiles<V>::get(m, nv, 1)(args);
-        } else {
-          recur(row, m, p, active);
+      for (int64_t i = 0; i < tiles.tiles;) {  // several tiles, then the cell, as forward
+        const int64_t begin = from + tiles.first(i);
+        int64_t row = begin;
+        for (int64_t end; i < tiles.tiles && (end = from + tiles.first(i + 1)) - begin <= kBufferRows; row = end, ++i) {
+          const int m = static_cast<int>(end - row);
+          Scalar* sums = buffer_ + (row - begin) * nv * L;
+          if (layer_.P) {
+            unproject(t, row, m, p, sums);
+          } else {
+            const bool fetch = active && i < nv && j + 1 < last - first;
+            recur(row, m, p, active, sums, fetch ? panel_line(next, i) : nullptr);
+          }
         }
-        differentiate(t, row, m, panels.first(p), nv);
+        differentiate(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
       }
     }
+  }
+
+  // Where the i-th share of G*H cache lines of a panel of W_hh begins: the tile fetches one line for each k.
+  const Scalar* panel_line(int64_t panel, int64_t i) const {
+    return in(task_.w_hh) + (states_.first(panel) * L + i * static_cast<int64_t>(64 / sizeof(Scalar))) * G * layer_.H;
+  }
+
+  // sums = d_h[t] * W_hr for m rows and one panel of units.
+  void unproject(int64_t t, int64_t row, int m, int64_t panel, Scalar* sums) {
+    const int nv = static_cast<int>(units_.width(panel));
+    TileArgs<Scalar> args{};
+    args.k = layer_.P;
+    args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P;
+    args.a_row = layer_.P * rows_.stride();
+    args.a_step = 1;
+    args.w = in(task_.w_hr) + units_.first(panel) * L * layer_.P;
+    args.out = sums;
+    args.out_row = nv * L;
+    Tiles<V>::get(m, nv, 1)(args);
   }
 
   // With a projection: dL/dh at time t into d_h.
@@ -155,7 +175,7 @@ class BackwardSweep {
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t i = 0; i < tiles.tiles; ++i) {
         const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
-        recur(first, static_cast<int>(end - first), p, active);
+        recur(first, static_cast<int>(end - first), p, active, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;
@@ -185,53 +205,94 @@ class BackwardSweep {
     return in(all) + rows_.index(t_previous, row) * row_size + offset;
   }
 
-  // The derivative of the cell for m rows and `blocks` unit blocks; what came through W_hh (or W_hr) waits in buffer_.
+  // The derivative of the cell for m rows and `blocks` unit blocks, kAtOnce pieces of one row and one block at a time;
+  // what came through W_hh (or W_hr) waits in buffer_.
   __attribute__((noinline)) void differentiate(int64_t t, int64_t first, int m, int64_t block, int blocks) {
-    const int64_t H = layer_.H, y_offset = task_.direction * r_;
-    const bool projected = layer_.P != 0;
-    const Scalar* buffer = buffer_;
-    for (int64_t row = first; row < first + m; ++row) {
-      const int64_t n = rows_.index(t, row);
-      const Scalar* d_y = task_.layer->d_y && !projected ? in(task_.layer->d_y) + n * y_row_ + y_offset : nullptr;
-      const Scalar* h_prev = Cell::kStates == 2 ? nullptr : previous(t, row, layer_.y, y_row_, y_offset, forward_.h0, r_);
-      const Scalar* c_prev = Cell::kStates == 2 ? previous(t, row, forward_.cells, H, 0, forward_.c0, H) : nullptr;
-      for (int64_t unit = block * L; unit < (block + blocks) * L; unit += L, buffer += L) {
-        const int lanes = H - unit < L ? static_cast<int>(H - unit) : L;
-        V d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
-        V d[Cell::kStored], d_prev[Cell::kStates];
-        Scalar* d_state = out(task_.d_state) + row * state_row_ + unit;
-        Scalar* d_c = out(task_.d_c) + row * c_row_ + unit;
-        d_next[0] = V::load(buffer);
-        if (!projected) d_next[0] = d_next[0] + V::load(d_state);
-        if (d_y) d_next[0] = d_next[0] + load_lanes<V>(d_y + unit, lanes);
-        if constexpr (Cell::kSaved > 0) {
-          const Scalar* gates = in(forward_.gates) + (n * c_row_ + unit) * Cell::kSaved;
-          unroll<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
-            saved[k.value] = V::load(gates + k.value * L);
-          });
-        }
-        if constexpr (Cell::kStates == 2) {
-          d_next[1] = V::load(d_c);
-          prev[0] = next[0] = V::zero();
-          prev[1] = load_lanes<V>(c_prev + unit, lanes);
-          next[1] = load_lanes<V>(in(forward_.cells) + n * H + unit, lanes);
-        } else {
-          prev[0] = load_lanes<V>(h_prev + unit, lanes);
-          next[0] = load_lanes<V>(in(layer_.y) + n * y_row_ + y_offset + unit, lanes);
-        }
-        Cell::backward(d_next, saved, prev, next, d, d_prev);
-
-        Scalar* d_gates = out(task_.d_gates) + n * d_row_ + unit;
-        unroll<Cell::kStored>([&](auto k) __attribute__((always_inline)) {
-          store_lanes(d[k.value], d_gates + k.value * H, lanes);
-        });
-        if (!projected) d_prev[0].store(d_state);
-        if constexpr (Cell::kStates == 2) d_prev[1].store(d_c);
-        if constexpr (Cell::kProjects) {
-          if (task_.cell_h) store_lanes(Cell::unprojected(saved, next), out(task_.cell_h) + n * H + unit, lanes);
+    const int64_t y_offset = task_.direction * r_;
+    Piece pieces[kAtOnce];
+    int n = 0;
+    for (int j = 0; j < m; ++j) {
+      Piece piece;
+      piece.row = first + j;
+      piece.index = rows_.index(t, piece.row);
+      const Scalar* before = Cell::kStates == 2
+                                 ? previous(t, piece.row, forward_.cells, layer_.H, 0, forward_.c0, layer_.H)
+                                 : previous(t, piece.row, layer_.y, y_row_, y_offset, forward_.h0, r_);
+      for (int k = 0; k < blocks; ++k) {
+        piece.unit = (block + k) * L;
+        piece.sum = buffer_ + (j * blocks + k) * L;
+        piece.before = before + piece.unit;
+        pieces[n++] = piece;
+        if (n == kAtOnce) {
+          differentiate_pieces<kAtOnce>(pieces);
+          n = 0;
         }
       }
     }
+    for (int j = 0; j < n; ++j) differentiate_pieces<1>(pieces + j);
+  }
+
+  struct Piece {
+    const Scalar *sum, *before;  // what came through the weights; c (or h) before the step
+    int64_t unit, row, index;    // first unit; row of the states; row of y, gates and cells
+  };
+
+  template <int K>
+  inline __attribute__((always_inline)) void differentiate_pieces(const Piece* pieces) {
+    using W = Group<V, K>;
+    W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
+    W d[Cell::kStored], d_prev[Cell::kStates];
+    const int64_t H = layer_.H, y_offset = task_.direction * r_;
+    int lanes[K];
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      lanes[j.value] = H - piece.unit < L ? static_cast<int>(H - piece.unit) : L;
+      V d_h = V::load(piece.sum);
+      if (!layer_.P) {
+        d_h = d_h + V::load(in(task_.d_state) + piece.row * state_row_ + piece.unit);
+        if (task_.layer->d_y) {
+          const Scalar* d_y = in(task_.layer->d_y) + piece.index * y_row_ + y_offset + piece.unit;
+          d_h = d_h + load_lanes<V>(d_y, lanes[j.value]);
+        }
+      }
+      d_next[0].v[j.value] = d_h;
+      if constexpr (Cell::kSaved > 0) {
+        const Scalar* gates = in(forward_.gates) + (piece.index * c_row_ + piece.unit) * Cell::kSaved;
+        unroll<Cell::kSaved>(
+            [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value] = V::load(gates + k.value * L); });
+      }
+      const V before = load_lanes<V>(piece.before, lanes[j.value]);
+      if constexpr (Cell::kStates == 2) {
+        d_next[1].v[j.value] = V::load(in(task_.d_c) + piece.row * c_row_ + piece.unit);
+        prev[0].v[j.value] = next[0].v[j.value] = V::zero();
+        prev[1].v[j.value] = before;
+        next[1].v[j.value] = load_lanes<V>(in(forward_.cells) + piece.index * H + piece.unit, lanes[j.value]);
+      } else {
+        prev[0].v[j.value] = before;
+        next[0].v[j.value] = load_lanes<V>(in(layer_.y) + piece.index * y_row_ + y_offset + piece.unit, lanes[j.value]);
+      }
+    });
+    Cell::backward(d_next, saved, prev, next, d, d_prev);
+    W unprojected;
+    if constexpr (Cell::kProjects) {
+      if (task_.cell_h) unprojected = Cell::unprojected(saved, next);
+    }
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      Scalar* d_gates = out(task_.d_gates) + piece.index * d_row_ + piece.unit;
+      unroll<Cell::kStored>([&](auto k) __attribute__((always_inline)) {
+        store_lanes(d[k.value].v[j.value], d_gates + k.value * H, lanes[j.value]);
+      });
+      if (!layer_.P) d_prev[0].v[j.value].store(out(task_.d_state) + piece.row * state_row_ + piece.unit);
+      if constexpr (Cell::kStates == 2) {
+        d_prev[1].v[j.value].store(out(task_.d_c) + piece.row * c_row_ + piece.unit);
+      }
+      if constexpr (Cell::kProjects) {
+        if (task_.cell_h) {
+          store_lanes(unprojected.v[j.value], out(task_.cell_h) + piece.index * H + piece.unit, lanes[j.value]);
+        }
+      }
+    });
   }
 
   // Rows [from, to) have reached their initial state.
@@ -241,12 +302,12 @@ class BackwardSweep {
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t i = 0; i < tiles.tiles; ++i) {
         const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
-        recur(first, static_cast<int>(end - first), p, true);
+        recur(first, static_cast<int>(end - first), p, true, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;
-            const V d_h = V::load(buffer_ + ((row - first) * nv + v) * L) +
-                          V::load(in(task_.d_state) + row * state_row_ + unit);
+            const V d_h =
+                V::load(buffer_ + ((row - first) * nv + v) * L) + V::load(in(task_.d_state) + row * state_row_ + unit);
             store_lanes(d_h, out(backward_.d_h0) + rows_.batch(row) * r_ + unit,
                         r_ - unit < L ? static_cast<int>(r_ - unit) : L);
           }
@@ -266,11 +327,11 @@ class BackwardSweep {
   const DirectionForward& forward_;
   const DirectionBackward& backward_;
   const Rows rows_;
-  const int64_t r_;               // width of h
-  const Panels states_, units_;   // over h, and over the units of the cell: the same without a projection
+  const int64_t r_;              // width of h
+  const Panels states_, units_;  // over h, and over the units of the cell: the same without a projection
   const int64_t state_row_, c_row_, y_row_, d_row_;
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, t_before_ = 0;
-  alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 4 * L];
+  alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };
 
 template <class Cell, class V>

@@ -2,6 +2,7 @@
 // The forward sweep of one direction: time loop, input gates a chunk of steps at a time, recurrence step by step with
 // the gates in registers. One instance per cell and lane class; the cell is known here by its constants only.
 #pragma once
+#include "group.h"
 #include "kernels.h"
 #include "matmul.h"
 #include "rows.h"
@@ -14,6 +15,9 @@ class ForwardSweep {
   using Scalar = typename V::Scalar;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kPanel = G == 1 ? 4 : 1;  // unit blocks side by side in one panel
+  static constexpr int kBufferRows = 48;         // 12 KiB of sums: in the first-level cache beside a part of a panel
+  static constexpr int64_t kRowBytes = 256 * 1024;
+  static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
@@ -110,7 +114,7 @@ class ForwardSweep {
     } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
 
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = layer_.I;
     args.a_step = 1;
     const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
@@ -128,21 +132,32 @@ class ForwardSweep {
     }
     args.init_row = 0;
     args.out_row = x_gates_row_;
-    for (int64_t p = first_panel_; p < last_panel_; ++p) {
-      const int nv = static_cast<int>(units_.width(p)) * G;
-      const int64_t block = units_.first(p);
-      args.w = in(task_.w_ih) + block * G * L * layer_.I;
-      args.w_panel = 0;
-      args.init = in(task_.b_ih) + block * G * L;
-      const RowTiles tiles(chunk_rows_, Tiles<V>::rows(nv));
-      for (int64_t j = 0; j < tiles.tiles; ++j) {
-        const int64_t row = tiles.first(j);
-        args.a = a + row * args.a_row;
-        args.out = out(task_.x_gates) + row * x_gates_row_ + block * G * L - first_unit_ * G;
-        Tiles<V>::get(static_cast<int>(tiles.first(j + 1) - row), nv, 1)(args);
+    // As many rows at a time as stay in the cache beside a panel while all panels pass.
+    const int64_t bytes = layer_.I * static_cast<int64_t>(sizeof(Scalar));
+    const int64_t fit = kRowBytes / bytes > 48 ? kRowBytes / bytes : 48;
+    for (int64_t begin = 0; begin < chunk_rows_; begin += fit) {
+      const int64_t rows = chunk_rows_ - begin < fit ? chunk_rows_ - begin : fit;
+      for (int64_t p = first_panel_; p < last_panel_; ++p) {
+        const int nv = static_cast<int>(units_.width(p)) * G;
+        const int64_t block = units_.first(p);
+        args.w = in(task_.w_ih) + block * G * L * layer_.I;
+        args.init = in(task_.b_ih) + block * G * L;
+        const RowTiles tiles(rows, Tiles<V>::rows(nv));
+        for (int64_t j = 0; j < tiles.tiles; ++j) {
+          const int64_t row = begin + tiles.first(j);
+          args.a = a + row * args.a_row;
+          args.ahead = p + 1 < last_panel_ && j < nv ? panel_line(task_.w_ih, p + 1, layer_.I, j) : nullptr;
+          args.out = out(task_.x_gates) + row * x_gates_row_ + (block * L - first_unit_) * G;
+          Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
+        }
       }
     }
     return end;
+  }
+
+  // Where the j-th share of k cache lines of a panel begins: the tile fetches one line for each k.
+  const Scalar* panel_line(const void* packed, int64_t panel, int64_t k, int64_t j) const {
+    return in(packed) + (units_.first(panel) * G * L + j * static_cast<int64_t>(64 / sizeof(Scalar))) * k;
   }
 
   // One step of n rows, whose input gates begin at row `at` of the chunk. Panels are walked upwards in even steps and
@@ -151,12 +166,11 @@ class ForwardSweep {
     if (n == 0) return;
     const int which = s & 1;
     const Scalar* h = in(task_.h[which]);
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = r_;
     args.a_row = h_row_;
     args.a_step = 1;
     args.init_row = 0;
-    args.out = buffer_;
     const int pair = n <= Tiles<V>::kPaired && G > 1 ? 2 : 1;
     const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
     for (int64_t j = 0; j < groups; ++j) {
@@ -168,65 +182,102 @@ class ForwardSweep {
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;
       args.out_row = np * nv * L;
+      // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles; ++i) {
-        const int64_t row = tiles.first(i);
-        const int m = static_cast<int>(tiles.first(i + 1) - row);
-        args.a = h + row * h_row_;
-        Tiles<V>::get(m, nv, np)(args);
-        activate(t, row, m, block, np * nv / G, at, which);
+      for (int64_t i = 0; i < tiles.tiles;) {
+        const int64_t begin = tiles.first(i);
+        int64_t end = begin;
+        for (int64_t next; i < tiles.tiles && (next = tiles.first(i + 1)) - begin <= kBufferRows; end = next, ++i) {
+          args.a = h + end * h_row_;
+          args.ahead = i < nv && j + 1 < groups ? panel_line(task_.w_hh, which ? p - 1 : p + 1, r_, i) : nullptr;
+          args.out = buffer_ + (end - begin) * args.out_row;
+          Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
+        }
+        activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
       }
     }
     if (layer_.P) project_h(t, n, which);
   }
 
-  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_.
+  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_. Pieces of one row and one block are
+  // taken kAtOnce at a time.
   __attribute__((noinline)) void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
                                           int which) {
-    const Scalar* r = buffer_;
-    const Scalar* x_gates = in(task_.x_gates) + (at + first) * x_gates_row_ + (block * L - first_unit_) * G;
-    const bool projected = layer_.P != 0;
-    for (int64_t row = first; row < first + m; ++row, x_gates += x_gates_row_) {
-      const int64_t n = rows_.index(t, row);
-      const Scalar* x = x_gates;
-      for (int64_t unit = block * L; unit < (block + blocks) * L; unit += L, r += G * L, x += G * L) {
-        V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
-        unroll<G>([&](auto g) __attribute__((always_inline)) {
-          xs[g.value] = V::load(x + g.value * L);
-          rs[g.value] = V::load(r + g.value * L);
-        });
-        Scalar* c = out(task_.c) + row * c_row_ + unit;
-        prev[0] = Cell::kStates == 2 ? V::zero() : V::load(in(task_.h[which]) + row * h_row_ + unit);
-        if constexpr (Cell::kStates == 2) prev[1] = V::load(c);
-        Cell::forward(xs, rs, prev, next, saved);
-
-        const int lanes = layer_.H - unit < L ? static_cast<int>(layer_.H - unit) : L;
-        if (projected) {
-          next[0].store(out(task_.cell_h) + row * c_row_ + unit);
-        } else {
-          next[0].store(out(task_.h[which ^ 1]) + row * h_row_ + unit);
-          store_lanes(next[0], out(layer_.y) + n * y_row_ + task_.direction * r_ + unit, lanes);
-        }
-        if constexpr (Cell::kStates == 2) {
-          next[1].store(c);
-          if (direction_.cells) store_lanes(next[1], out(direction_.cells) + n * layer_.H + unit, lanes);
-        }
-        if constexpr (Cell::kSaved > 0) {
-          if (direction_.gates) {
-            Scalar* gates = out(direction_.gates) + (n * c_row_ + unit) * Cell::kSaved;
-            unroll<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
-              saved[k.value].store(gates + k.value * L);
-            });
-          }
+    Piece pieces[kAtOnce];
+    int n = 0;
+    for (int j = 0; j < m; ++j) {
+      const int64_t row = first + j;
+      for (int k = 0; k < blocks; ++k) {
+        Piece& piece = pieces[n++];
+        piece.r = buffer_ + (j * blocks + k) * G * L;
+        piece.unit = (block + k) * L;
+        piece.row = row;
+        piece.index = rows_.index(t, row);
+        piece.x = in(task_.x_gates) + (at + row) * x_gates_row_ + (piece.unit - first_unit_) * G;
+        if (n == kAtOnce) {
+          activate_pieces<kAtOnce>(pieces, which);
+          n = 0;
         }
       }
     }
+    for (int j = 0; j < n; ++j) activate_pieces<1>(pieces + j, which);
+  }
+
+  struct Piece {
+    const Scalar *r, *x;
+    int64_t unit, row, index;  // first unit; row of the states; row of y, gates and cells
+  };
+
+  template <int K>
+  inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
+    using W = Group<V, K>;
+    W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      unroll<G>([&](auto g) __attribute__((always_inline)) {
+        xs[g.value].v[j.value] = V::load(piece.x + g.value * L);
+        rs[g.value].v[j.value] = V::load(piece.r + g.value * L);
+      });
+      if constexpr (Cell::kStates == 2) {
+        prev[0].v[j.value] = V::zero();
+        prev[1].v[j.value] = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+      } else {
+        prev[0].v[j.value] = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+      }
+    });
+    Cell::forward(xs, rs, prev, next, saved);
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
+      const V h = next[0].v[j.value];
+      if (layer_.P) {
+        h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
+      } else {
+        h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
+        store_lanes(h, out(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
+      }
+      if constexpr (Cell::kStates == 2) {
+        const V c = next[1].v[j.value];
+        c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
+        if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
+      }
+      if constexpr (Cell::kSaved > 0) {
+        if (direction_.gates) {
+          Scalar* gates = out(direction_.gates) + (piece.index * c_row_ + piece.unit) * Cell::kSaved;
+          unroll<Cell::kSaved>(
+              [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * L); });
+          if (layer_.H - piece.unit <= L) {  // no byte of an output stays unwritten
+            for (int64_t k = Cell::kSaved * L; k < Cell::kSaved * (c_row_ - piece.unit); ++k) gates[k] = Scalar(0);
+          }
+        }
+      }
+    });
   }
 
   // h = W_hr * (o * tanh(c))
   void project_h(int64_t t, int64_t n, int which) {
     const Panels panels(layer_.P, L, 4);
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = layer_.H;
     args.a_row = c_row_;
     args.a_step = 1;
@@ -263,7 +314,7 @@ class ForwardSweep {
   const Panels units_;
   const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
-  alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 8 * L];
+  alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };
 
 template <class Cell, class V>

@@ -20,12 +20,15 @@ class Gradients {
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
-  static constexpr int64_t kChain = 1024;             // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = 4 * kChain;        // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
 
  public:
   explicit Gradients(const GradientTask& task)
-      : task_(task), layer_(task.layer->forward), r_(layer_.P ? layer_.P : layer_.H), d_row_(Cell::kStored * layer_.H) {}
+      : task_(task),
+        layer_(task.layer->forward),
+        r_(layer_.P ? layer_.P : layer_.H),
+        d_row_(Cell::kStored * layer_.H) {}
 
   void run() {
     if (task_.layer->d_x) input();
@@ -38,7 +41,7 @@ class Gradients {
   int64_t share(int64_t n, int64_t member) const { return n * member / task_.team.members; }
   void join() const { wait(task_.team.barrier, task_.team.members); }
 
-  // Adds both directions in one chain: that of direction 1 starts from what direction 0 left.
+  // Both directions in turn; direction 1 adds to what direction 0 left.
   void input() {
     const int64_t I = layer_.I, H = layer_.H, member = task_.team.member;
     const Panels panels(I, L, 4);
@@ -58,20 +61,28 @@ class Gradients {
     for (int64_t row = begin; row < end; row += block) {
       for (int64_t p = 0; p < panels.count; ++p) {
         for (int d = 0; d < layer_.D; ++d) {
-          for (int64_t k = 0; k < G * H; k += kChain) {
-            input_block(d, panels, p, row, row + block < end ? row + block : end, k,
-                        k + kChain < G * H ? k + kChain : G * H);
+          for (int64_t k = 0; k < G * H; k += kPass) {
+            const int64_t stop = k + kPass < G * H ? k + kPass : G * H;
+            // The pass that follows, if it is of the same direction; the tile fetches it into the cache.
+            const Scalar* next = nullptr;
+            if (stop < G * H) {
+              next = in(task_.w_ih[d]) + panels.first(p) * L * G * H + stop * panels.width(p) * L;
+            } else if (layer_.D == 1 && p + 1 < panels.count) {
+              next = in(task_.w_ih[d]) + panels.first(p + 1) * L * G * H;
+            }
+            input_block(d, panels, p, row, row + block < end ? row + block : end, k, stop, next);
           }
         }
       }
     }
   }
 
-  void input_block(int d, const Panels& panels, int64_t p, int64_t row, int64_t end, int64_t k0, int64_t k1) {
+  void input_block(int d, const Panels& panels, int64_t p, int64_t row, int64_t end, int64_t k0, int64_t k1,
+                   const Scalar* next) {
     const int64_t I = layer_.I, column = panels.first(p) * L;
     const int nv = static_cast<int>(panels.width(p));
     const bool whole = column + nv * L <= I, start = d == 0 && k0 == 0;
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = k1 - k0;
     args.a_row = d_row_;
     args.a_step = 1;
@@ -84,6 +95,7 @@ class Gradients {
       const int m = static_cast<int>(row + tiles.first(i + 1) - first);
       Scalar* d_x = out(task_.layer->d_x) + first * I + column;
       args.a = in(task_.d_gates[d]) + first * d_row_ + Cell::kInput * layer_.H + k0;
+      args.ahead = next && i < nv ? next + i * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar)) : nullptr;
       args.out = whole ? d_x : buffer_;
       args.init = start ? nullptr : args.out;
       if (!whole && !start) {
@@ -176,25 +188,29 @@ class Gradients {
 
   void product(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, bool start) {
     const Panels& panels = operand.panels;
-    TileArgs<Scalar> args;
+    TileArgs<Scalar> args{};
     args.k = rows;
     args.a_row = 1;
     args.a_step = kTileRows;
-    args.w_panel = args.init_row = 0;
-    args.init = nullptr;
-    args.out = buffer_;
     for (int64_t p = 0; p < panels.count; ++p) {
       const int nv = static_cast<int>(panels.width(p));
       const int64_t column = panels.first(p) * L;
       const int64_t left = panels.n - column < nv * L ? panels.n - column : nv * L;
+      const bool whole = left == nv * L;
       args.w = operand.packed + column * rows;
-      args.out_row = nv * L;
+      args.init_row = args.out_row = whole ? panels.n : nv * L;
       args.a = in(task_.strip);
       for (int64_t row = 0; row < size; row += kTileRows, args.a += kStripTile) {
         const int m = size - row < kTileRows ? static_cast<int>(size - row) : kTileRows;
+        Scalar* d_w = operand.d_w + (w_row + row) * panels.n + column;
+        args.out = whole ? d_w : buffer_;
+        args.init = start ? nullptr : args.out;
+        if (!whole && !start) {
+          for (int j = 0; j < m; ++j) load_row<V>(d_w + j * panels.n, left, 0, nv * L, buffer_ + j * nv * L);
+        }
         Tiles<V>::get(m, nv, 1)(args);
-        for (int j = 0; j < m; ++j) {
-          add(buffer_ + j * nv * L, left, start, operand.d_w + (w_row + row + j) * panels.n + column);
+        if (!whole) {
+          for (int j = 0; j < m; ++j) store_row<V>(buffer_ + j * nv * L, left, 0, nv * L, d_w + j * panels.n);
         }
       }
     }
@@ -212,7 +228,13 @@ class Gradients {
     for (int64_t j = 0; j < size; j += L) {
       const int lanes = size - j < L ? static_cast<int>(size - j) : L;
       V total = V::zero();
-      for (int64_t row = 0; row < rows; ++row) total = total + load_lanes<V>(a + row * a_row + j, lanes);
+      for (int64_t row = 0; row < rows;) {
+        V chain = V::zero();
+        for (int64_t end = row + kChain < rows ? row + kChain : rows; row < end; ++row) {
+          chain = chain + load_lanes<V>(a + row * a_row + j, lanes);
+        }
+        total = total + chain;
+      }
       total.store(out(task_.sums) + j);
     }
   }
@@ -226,8 +248,7 @@ class Gradients {
     void collect(int64_t rows, const Scalar** x, const Scalar** h, int64_t r) {
       for (int64_t j = 0; j < rows; ++j) {
         const int64_t n = first(t_) + b_;
-        x[j] = in(layer_.x) +
-               (first_row_ ? n * layer_.x_stride_b : t_ * layer_.x_stride_t + b_ * layer_.x_stride_b);
+        x[j] = in(layer_.x) + (first_row_ ? n * layer_.x_stride_b : t_ * layer_.x_stride_t + b_ * layer_.x_stride_b);
         const int64_t before = d_ == 1 ? t_ + 1 : t_ - 1;
         const bool initial = before < 0 || before >= layer_.T || b_ >= size(before);
         h[j] = initial ? in(layer_.direction[d_].h0) + b_ * r

@@ -75,14 +75,14 @@ struct GradientTask {
   const void* d_gates[2];
   const void* d_h[2];
   const void* cell_h[2];
-  void* w_ih[2];   // shared: [G*H, padded(I)] in column panels
-  void* panels;    // shared, twice: [kSumRows, padded(I) + padded(R)] of x and h in column panels
-  void* strip;     // own: see pack_strip
-  void* sums;      // own: [kStored*H + 16]
+  void* w_ih[2];  // shared: [G*H, padded(I)] in column panels
+  void* panels;   // shared, twice: [kSumRows, padded(I) + padded(R)] of x and h in column panels
+  void* strip;    // own: see pack_strip
+  void* sums;     // own: [kStored*H + 16]
 };
 
-// Gradients of weights and biases are summed in panels of this many rows, each from zero, added in ascending order:
-// their bits depend on neither threads nor tiles, and the error grows with N / kSumRows + kSumRows only.
+// Rows that the weight gradients take at a time: one chain of the tile. More would mean fewer passes over d_w, but the
+// packed rows of x and h should stay in the second-level cache (512 measured 3 % slower at H = 256, 1 MB of L2).
 constexpr int64_t kSumRows = 256;
 // Columns of the gate gradients that are packed at a time for the weight gradients.
 constexpr int64_t kStripColumns = 96;

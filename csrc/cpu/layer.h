@@ -35,7 +35,7 @@ struct LayerForward {
   bool is_double;  // element type of every array: double, else float
   int64_t T, B, I, H, P, D, N;
   const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when padded (N = T*B)
-  const void* x;               // padded: element (t, b, k) at t*x_stride_t + b*x_stride_b + k; packed: row n at n*x_stride_b
+  const void* x;  // padded: element (t, b, k) at t*x_stride_t + b*x_stride_b + k; packed: row n at n*x_stride_b
   int64_t x_stride_t, x_stride_b;
   void* y;  // [N, D*R]; direction d owns columns [d*R, (d+1)*R)
   DirectionForward direction[2];

@@ -73,7 +73,7 @@ inline __attribute__((always_inline)) V sigmoid(V x) {
   const V limit = V::broadcast(ExpConstants<typename V::Scalar>::kSigmoidLimit);
   V scale;
   const V p = reduced_exp(V::max(V::zero() - limit, V::min(limit, V::zero() - x)), &scale);
-  return V::one() / (scale + V::fma(p, scale, V::one()));
+  return V::divide(V::one(), scale + V::fma(p, scale, V::one()));
 }
 
 // (e - 1) / (e + 1) with e = exp(2x), the numerator from expm1 so that nothing cancels near 0. <= 3 ulp.
@@ -83,7 +83,7 @@ inline __attribute__((always_inline)) V tanh(V x) {
   const V bounded = V::max(V::zero() - limit, V::min(limit, x));
   V scale;
   const V p = reduced_exp(bounded + bounded, &scale);
-  return V::fma(p, scale, scale - V::one()) / V::fma(p, scale, scale + V::one());
+  return V::divide(V::fma(p, scale, scale - V::one()), V::fma(p, scale, scale + V::one()));
 }
 
 }  // namespace cpu

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The register tile: the one matrix product of this library. Projection, recurrence and every gradient run on it.
 //
-// out[m][v] = init[m][v] + sum over k, ascending, of a[m][k] * w[k][v]      m < M rows, v < NP*NV vectors of V::kLanes
+// out[m][v] = init[m][v] + sum over k of a[m][k] * w[k][v]      m < M rows, v < NP*NV vectors of V::kLanes
 //
-// Each output is one chain of fused multiply-adds in ascending k, whatever M, NV and NP are: bits do not depend on the
-// tile. All indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would
-// live in memory and cost up to three times (tools/check_spills.py looks at the disassembly).
+// The sum runs in ascending k, in chains of kChain fused multiply-adds that start from zero and are added to the result
+// one after the other, whatever M, NV and NP are: bits do not depend on the tile. One chain over all of k would have
+// five times the error of a blocked matrix product at k = 4096; a chain more costs 2 % of the products in it. All
+// indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would live in
+// memory and cost up to three times (tools/check_spills.py looks at the disassembly).
 #pragma once
 #include <stdint.h>
 
@@ -30,65 +32,79 @@ inline __attribute__((always_inline)) void unroll(const F& f) {
 
 template <class Scalar>
 struct TileArgs {
-  int64_t k;            // length of the reduction, may be 0
-  const Scalar* a;      // a[m][k] at a[m*a_row + k*a_step]
+  int64_t k;        // length of the reduction, may be 0
+  const Scalar* a;  // a[m][k] at a[m*a_row + k*a_step]
   int64_t a_row, a_step;
-  const Scalar* w;      // packed panel [k][NV][lanes]; the next of NP panels w_panel elements later
+  const Scalar* w;  // packed panel [k][NV][lanes]; the next of NP panels w_panel elements later
   int64_t w_panel;
-  const Scalar* init;   // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
+  const Scalar* init;  // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
   int64_t init_row;
+  const Scalar* ahead;  // one cache line per k is fetched from here on, into the second-level cache; null: none
   Scalar* out;          // [M] rows of [NP*NV][lanes], out_row elements apart
   int64_t out_row;
 };
+
+constexpr int64_t kChain = 256;
 
 template <class V, int M, int NV, int NP>
 __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   using Scalar = typename V::Scalar;
   constexpr int N = NV * NP, L = V::kLanes;
-  V acc[M * N];
-  if (t.init) {
-    unroll<M>([&](auto m) __attribute__((always_inline)) {
-      unroll<N>([&](auto v) __attribute__((always_inline)) {
-        acc[m.value * N + v.value] = V::load(t.init + m.value * t.init_row + v.value * L);
-      });
-    });
-  } else {
-    unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
-  }
   const Scalar* a = t.a;
   const Scalar* w = t.w;
   const int64_t a_row = t.a_row, a_step = t.a_step, w_panel = t.w_panel;
-  for (int64_t k = t.k; k > 0; --k) {
-    // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2.
-    if constexpr (N <= M) {
-      V b[N];
-      unroll<N>([&](auto v) __attribute__((always_inline)) {
-        b[v.value] = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
-      });
-      unroll<M>([&](auto m) __attribute__((always_inline)) {
-        const V s = V::broadcast(a[m.value * a_row]);
+  // Without a wish the first line of `a` is touched again and again, which costs nothing and needs no second loop.
+  const char* ahead = reinterpret_cast<const char*>(t.ahead ? t.ahead : t.a);
+  const int64_t ahead_step = t.ahead ? 64 : 0;
+  const Scalar* from = t.init;
+  int64_t from_row = t.init_row;
+  for (int64_t left = t.k;;) {
+    V acc[M * N];
+    unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
+    for (int64_t k = left < kChain ? left : kChain; k > 0; --k) {
+      // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2.
+      if constexpr (N <= M) {
+        V b[N];
         unroll<N>([&](auto v) __attribute__((always_inline)) {
-          acc[m.value * N + v.value] = V::fma(s, b[v.value], acc[m.value * N + v.value]);
+          b[v.value] = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
         });
-      });
-    } else {
-      V s[M];
-      unroll<M>([&](auto m) __attribute__((always_inline)) { s[m.value] = V::broadcast(a[m.value * a_row]); });
-      unroll<N>([&](auto v) __attribute__((always_inline)) {
-        const V b = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
         unroll<M>([&](auto m) __attribute__((always_inline)) {
-          acc[m.value * N + v.value] = V::fma(s[m.value], b, acc[m.value * N + v.value]);
+          const V s = V::broadcast(a[m.value * a_row]);
+          unroll<N>([&](auto v) __attribute__((always_inline)) {
+            acc[m.value * N + v.value] = V::fma(s, b[v.value], acc[m.value * N + v.value]);
+          });
         });
-      });
+      } else {
+        V s[M];
+        unroll<M>([&](auto m) __attribute__((always_inline)) { s[m.value] = V::broadcast(a[m.value * a_row]); });
+        unroll<N>([&](auto v) __attribute__((always_inline)) {
+          const V b = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+          unroll<M>([&](auto m) __attribute__((always_inline)) {
+            acc[m.value * N + v.value] = V::fma(s[m.value], b, acc[m.value * N + v.value]);
+          });
+        });
+      }
+      if constexpr (M * N >= 16) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
+      a += a_step;
+      w += NV * L;
     }
-    a += a_step;
-    w += NV * L;
-  }
-  unroll<M>([&](auto m) __attribute__((always_inline)) {
-    unroll<N>([&](auto v) __attribute__((always_inline)) {
-      acc[m.value * N + v.value].store(t.out + m.value * t.out_row + v.value * L);
+    Scalar* out = t.out;
+    const int64_t out_row = t.out_row;
+    unroll<M>([&](auto m) __attribute__((always_inline)) {
+      unroll<N>([&](auto v) __attribute__((always_inline)) {
+        V sum = acc[m.value * N + v.value];
+        if (from) sum = V::load(from + m.value * from_row + v.value * L) + sum;
+        sum.store(out + m.value * out_row + v.value * L);
+      });
     });
-  });
+    left -= kChain;
+    if (left <= 0) return;
+    from = out;
+    from_row = out_row;
+  }
 }
 
 // The instances: as many rows as the registers hold beside the operands; two panels at once while rows are few.
@@ -108,15 +124,22 @@ struct Tiles {
     static constexpr Function one[4][kMostRows] = {
         {tile<V, 1, 1, 1>, tile<V, 2, 1, 1>, tile<V, 3, 1, 1>, tile<V, 4, 1, 1>, tile<V, 5, 1, 1>, tile<V, 6, 1, 1>,
          tile<V, 7, 1, 1>, tile<V, 8, 1, 1>},
-        {tile<V, 1, 2, 1>, tile<V, 2, 2, 1>, tile<V, 3, 2, 1>, tile<V, 4, 2, 1>, tile<V, 5, 2, 1>,
-         tile<V, kWide ? 6 : 1, 2, 1>, tile<V, kWide ? 7 : 1, 2, 1>, tile<V, kWide ? 8 : 1, 2, 1>},
-        {tile<V, 1, 3, 1>, tile<V, 2, 3, 1>, tile<V, 3, 3, 1>, tile<V, 4, 3, 1>, tile<V, kWide ? 5 : 1, 3, 1>,
-         tile<V, kWide ? 6 : 1, 3, 1>, tile<V, kWide ? 7 : 1, 3, 1>, tile<V, kWide ? 8 : 1, 3, 1>},
-        {tile<V, 1, 4, 1>, tile<V, 2, 4, 1>, tile<V, 3, 4, 1>, tile<V, kWide ? 4 : 1, 4, 1>,
-         tile<V, kWide ? 5 : 1, 4, 1>, tile<V, kWide ? 6 : 1, 4, 1>, nullptr, nullptr}};
+        {tile<V, 1, 2, 1>, tile<V, 2, 2, 1>, tile<V, 3, 2, 1>, tile<V, 4, 2, 1>, tile<V, 5, 2, 1>, tile < V,
+         kWide ? 6 : 1, 2, 1 >, tile < V, kWide ? 7 : 1, 2, 1 >, tile < V, kWide ? 8 : 1, 2, 1 > },
+        {tile<V, 1, 3, 1>,
+         tile<V, 2, 3, 1>,
+         tile<V, 3, 3, 1>,
+         tile<V, 4, 3, 1>,
+         tile < V,
+         kWide ? 5 : 1,
+         3,
+         1 >
+         , tile < V, kWide ? 6 : 1, 3, 1 >, tile < V, kWide ? 7 : 1, 3, 1 >, tile < V, kWide ? 8 : 1, 3, 1 > },
+        {tile<V, 1, 4, 1>, tile<V, 2, 4, 1>, tile<V, 3, 4, 1>, tile < V, kWide ? 4 : 1, 4, 1 >, tile < V, kWide ? 5 : 1,
+         4, 1 >, tile < V, kWide ? 6 : 1, 4, 1 >, nullptr, nullptr}};
     static constexpr Function two[2][3] = {
-        {tile<V, 1, 3, 2>, tile<V, kWide ? 2 : 1, 3, 2>, tile<V, kWide ? 3 : 1, 3, 2>},
-        {tile<V, 1, 4, 2>, tile<V, kWide ? 2 : 1, 4, 2>, tile<V, kWide ? 3 : 1, 4, 2>}};
+        {tile<V, 1, 3, 2>, tile < V, kWide ? 2 : 1, 3, 2 >, tile < V, kWide ? 3 : 1, 3, 2 > },
+        {tile<V, 1, 4, 2>, tile < V, kWide ? 2 : 1, 4, 2 >, tile < V, kWide ? 3 : 1, 4, 2 > }};
     return np == 2 ? two[nv - 3][m - 1] : one[nv - 1][m - 1];
   }
 };

@@ -50,8 +50,7 @@ void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panel
 
 // b [G*H] or null -> [block][gate][lanes], zero past H.
 template <class V, int G>
-void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, int64_t p1,
-               typename V::Scalar* packed) {
+void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, int64_t p1, typename V::Scalar* packed) {
   constexpr int L = V::kLanes;
   for (int64_t block = panels.first(p0); block < panels.first(p1); ++block) {
     for (int g = 0; g < G; ++g) {

@@ -29,41 +29,41 @@ volatile double sink;  // keeps the results alive
 #define FASTRNN_TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 #define FASTRNN_START(n) a##n = start[n];
 #define FASTRNN_SUM(n) sum += FASTRNN_FIRST(a##n);
-#define FASTRNN_FMA_LOOP(name, attribute, V, FMA)         \
-  attribute double name(int64_t iterations) {             \
-    V start[kChains] = {};                                \
-    __asm__ volatile("" : : "r"(start) : "memory");       \
-    V a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11;   \
-    FASTRNN_TWELVE(FASTRNN_START)                         \
-    for (int64_t n = 0; n < iterations; ++n) {            \
-      FASTRNN_TWELVE(FMA)                                 \
-    }                                                     \
-    double sum = 0;                                       \
-    FASTRNN_TWELVE(FASTRNN_SUM)                           \
-    return sum;                                           \
+#define FASTRNN_FMA_LOOP(name, attribute, V, FMA)       \
+  attribute double name(int64_t iterations) {           \
+    V start[kChains] = {};                              \
+    __asm__ volatile("" : : "r"(start) : "memory");     \
+    V a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11; \
+    FASTRNN_TWELVE(FASTRNN_START)                       \
+    for (int64_t n = 0; n < iterations; ++n) {          \
+      FASTRNN_TWELVE(FMA)                               \
+    }                                                   \
+    double sum = 0;                                     \
+    FASTRNN_TWELVE(FASTRNN_SUM)                         \
+    return sum;                                         \
   }
 
 // Eight chains of OR, one load each: OR takes no notice of what it reads. The asm makes the next pass read again.
-#define FASTRNN_READ_LOOP(name, attribute, V, OR)                                    \
-  attribute double name(const char* memory, size_t bytes, int64_t passes) {          \
-    V a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {};        \
-    for (int64_t pass = 0; pass < passes; ++pass) {                                  \
-      for (size_t offset = 0; offset < bytes; offset += 8 * sizeof(V)) {             \
-        const V* v = reinterpret_cast<const V*>(memory + offset);                    \
-        OR(a0, v[0]) OR(a1, v[1]) OR(a2, v[2]) OR(a3, v[3])                          \
-        OR(a4, v[4]) OR(a5, v[5]) OR(a6, v[6]) OR(a7, v[7])                          \
-      }                                                                              \
-      __asm__ volatile("" : : : "memory");                                           \
-    }                                                                                \
-    OR(a0, a1) OR(a2, a3) OR(a4, a5) OR(a6, a7) OR(a0, a2) OR(a4, a6) OR(a0, a4)     \
-    return static_cast<double>(FASTRNN_FIRST(a0));                                   \
+#define FASTRNN_READ_LOOP(name, attribute, V, OR)                                   \
+  attribute double name(const char* memory, size_t bytes, int64_t passes) {         \
+    V a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {};       \
+    for (int64_t pass = 0; pass < passes; ++pass) {                                 \
+      for (size_t offset = 0; offset < bytes; offset += 8 * sizeof(V)) {            \
+        const V* v = reinterpret_cast<const V*>(memory + offset);                   \
+        a0 = OR(a0, v[0]), a1 = OR(a1, v[1]), a2 = OR(a2, v[2]), a3 = OR(a3, v[3]); \
+        a4 = OR(a4, v[4]), a5 = OR(a5, v[5]), a6 = OR(a6, v[6]), a7 = OR(a7, v[7]); \
+      }                                                                             \
+      __asm__ volatile("" : : : "memory");                                          \
+    }                                                                               \
+    a0 = OR(OR(OR(a0, a1), OR(a2, a3)), OR(OR(a4, a5), OR(a6, a7)));                \
+    return static_cast<double>(FASTRNN_FIRST(a0));                                  \
   }
 
 // Plain C++ for the compiler's baseline, which is what the scalar kernels are.
 #define FASTRNN_FIRST(a) (a)
 #define FASTRNN_FMA_FLOAT(n) a##n = a##n * 0.999f + 0.001f;
 #define FASTRNN_FMA_DOUBLE(n) a##n = a##n * 0.999 + 0.001;
-#define FASTRNN_OR_PLAIN(a, v) a |= v;
+#define FASTRNN_OR_PLAIN(a, v) ((a) | (v))
 FASTRNN_FMA_LOOP(fma_float_scalar, , float, FASTRNN_FMA_FLOAT)
 FASTRNN_FMA_LOOP(fma_double_scalar, , double, FASTRNN_FMA_DOUBLE)
 FASTRNN_READ_LOOP(read_scalar, , uint64_t, FASTRNN_OR_PLAIN)
@@ -74,18 +74,16 @@ FASTRNN_READ_LOOP(read_scalar, , uint64_t, FASTRNN_OR_PLAIN)
 #define FASTRNN_AVX2 __attribute__((target("avx2,fma")))
 #define FASTRNN_FMA_PS256(n) a##n = _mm256_fmadd_ps(a##n, _mm256_set1_ps(0.999f), _mm256_set1_ps(0.001f));
 #define FASTRNN_FMA_PD256(n) a##n = _mm256_fmadd_pd(a##n, _mm256_set1_pd(0.999), _mm256_set1_pd(0.001));
-#define FASTRNN_OR_256(a, v) a = _mm256_or_si256(a, v);
 FASTRNN_FMA_LOOP(fma_float_avx2, FASTRNN_AVX2, __m256, FASTRNN_FMA_PS256)
 FASTRNN_FMA_LOOP(fma_double_avx2, FASTRNN_AVX2, __m256d, FASTRNN_FMA_PD256)
-FASTRNN_READ_LOOP(read_avx2, FASTRNN_AVX2, __m256i, FASTRNN_OR_256)
+FASTRNN_READ_LOOP(read_avx2, FASTRNN_AVX2, __m256i, _mm256_or_si256)
 
 #define FASTRNN_AVX512 __attribute__((target("avx512f")))
 #define FASTRNN_FMA_PS512(n) a##n = _mm512_fmadd_ps(a##n, _mm512_set1_ps(0.999f), _mm512_set1_ps(0.001f));
 #define FASTRNN_FMA_PD512(n) a##n = _mm512_fmadd_pd(a##n, _mm512_set1_pd(0.999), _mm512_set1_pd(0.001));
-#define FASTRNN_OR_512(a, v) a = _mm512_or_si512(a, v);
 FASTRNN_FMA_LOOP(fma_float_avx512, FASTRNN_AVX512, __m512, FASTRNN_FMA_PS512)
 FASTRNN_FMA_LOOP(fma_double_avx512, FASTRNN_AVX512, __m512d, FASTRNN_FMA_PD512)
-FASTRNN_READ_LOOP(read_avx512, FASTRNN_AVX512, __m512i, FASTRNN_OR_512)
+FASTRNN_READ_LOOP(read_avx512, FASTRNN_AVX512, __m512i, _mm512_or_si512)
 #endif
 
 struct Loops {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From one call to threads: chooses how a layer is split, lays out the scratch memory, opens the one parallel region and
-// hands every thread its task. layer.cpp calls run_forward and run_backward; the kernels are in isa/.
+// From one call to threads: chooses how a layer is split, lays out the scratch memory, opens the one parallel region
+// and hands every thread its task. layer.cpp calls run_forward and run_backward; the kernels are in isa/.
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>

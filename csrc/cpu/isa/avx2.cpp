@@ -27,7 +27,6 @@ struct FloatAvx2 {
   friend FloatAvx2 operator+(FloatAvx2 a, FloatAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend FloatAvx2 operator-(FloatAvx2 a, FloatAvx2 b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend FloatAvx2 operator*(FloatAvx2 a, FloatAvx2 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-  friend FloatAvx2 operator/(FloatAvx2 a, FloatAvx2 b) { return {_mm256_div_ps(a.v, b.v)}; }
   static FloatAvx2 fma(FloatAvx2 a, FloatAvx2 b, FloatAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   // Both return b where a or b is NaN.
   static FloatAvx2 min(FloatAvx2 a, FloatAvx2 b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -41,6 +40,7 @@ struct FloatAvx2 {
   static FloatAvx2 where_positive(FloatAvx2 y, FloatAvx2 d) {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_GT_OQ), d.v)};
   }
+  static FloatAvx2 divide(FloatAvx2 n, FloatAvx2 d) { return {_mm256_div_ps(n.v, d.v)}; }
   static FloatAvx2 sigmoid(FloatAvx2 x) { return cpu::sigmoid(x); }
   static FloatAvx2 tanh(FloatAvx2 x) { return cpu::tanh(x); }
 
@@ -50,7 +50,8 @@ struct FloatAvx2 {
       __m256 a[4];
       unroll<4>([&](auto j) __attribute__((always_inline)) {
         const float* row = from + j.value * from_row + 4 * half.value;
-        a[j.value] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * from_row), 1);
+        a[j.value] =
+            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * from_row), 1);
       });
       const __m256 low01 = _mm256_unpacklo_ps(a[0], a[1]), high01 = _mm256_unpackhi_ps(a[0], a[1]);
       const __m256 low23 = _mm256_unpacklo_ps(a[2], a[3]), high23 = _mm256_unpackhi_ps(a[2], a[3]);
@@ -81,7 +82,6 @@ struct DoubleAvx2 {
   friend DoubleAvx2 operator+(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend DoubleAvx2 operator-(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_sub_pd(a.v, b.v)}; }
   friend DoubleAvx2 operator*(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_mul_pd(a.v, b.v)}; }
-  friend DoubleAvx2 operator/(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_div_pd(a.v, b.v)}; }
   static DoubleAvx2 fma(DoubleAvx2 a, DoubleAvx2 b, DoubleAvx2 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static DoubleAvx2 min(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_min_pd(a.v, b.v)}; }
   static DoubleAvx2 max(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_max_pd(a.v, b.v)}; }
@@ -93,6 +93,7 @@ struct DoubleAvx2 {
   static DoubleAvx2 where_positive(DoubleAvx2 y, DoubleAvx2 d) {
     return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_GT_OQ), d.v)};
   }
+  static DoubleAvx2 divide(DoubleAvx2 n, DoubleAvx2 d) { return {_mm256_div_pd(n.v, d.v)}; }
   static DoubleAvx2 sigmoid(DoubleAvx2 x) { return cpu::sigmoid(x); }
   static DoubleAvx2 tanh(DoubleAvx2 x) { return cpu::tanh(x); }
 

@@ -38,7 +38,6 @@ struct Single {
   friend Single operator+(Single a, Single b) { return {a.v + b.v}; }
   friend Single operator-(Single a, Single b) { return {a.v - b.v}; }
   friend Single operator*(Single a, Single b) { return {a.v * b.v}; }
-  friend Single operator/(Single a, Single b) { return {a.v / b.v}; }
   static Single fma(Single a, Single b, Single c) { return {a.v * b.v + c.v}; }
   // Both return b where a or b is NaN.
   static Single min(Single a, Single b) { return {a.v < b.v ? a.v : b.v}; }
@@ -54,6 +53,7 @@ struct Single {
   }
   static Single relu(Single x) { return max(zero(), x); }
   static Single where_positive(Single y, Single d) { return {y.v > T(0) ? d.v : T(0)}; }
+  static Single divide(Single n, Single d) { return {n.v / d.v}; }
   static Single sigmoid(Single x) { return cpu::sigmoid(x); }
   static Single tanh(Single x) { return cpu::tanh(x); }
   static void transpose(const T* from, int64_t, T* to, int64_t) { *to = *from; }

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# make bench | make bench FULL=1 | make test | make lint | make clean. Everything is installed into .venv, once.
+# PYTHON: a Python 3.11 or 3.12; the first of python3, python3.12, python3.11 that is one, if not given.
+IS_FIT := import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+CXX_FILES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'))
+REQUIREMENTS := .venv/requirements.stamp
+INSTALLED := .venv/installed.stamp
+
+.PHONY: bench test lint clean
+.DELETE_ON_ERROR:
+
+bench: $(INSTALLED)
+	$(BIN)/python -m fastrnn bench $(if $(FULL),--full)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/python tools/check_arrows.py
+	$(BIN)/python tools/check_budget.py
+	$(BIN)/python tools/check_spills.py
+	$(BIN)/python tools/check_isa_symbols.py
+
+# The packages: again only when requirements.txt changed.
+$(REQUIREMENTS): requirements.txt
+	$(if $(PYTHON),,$(error no Python 3.11 or 3.12 found: type `make PYTHON=/path/to/python3.12`))
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+# The extension and the entry in .venv: again when a source changed; ninja compiles what the change touches.
+$(INSTALLED): $(REQUIREMENTS) setup.py pyproject.toml $(CXX_FILES)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist fastrnn.egg-info fastrnn/_build.py fastrnn/_C.*.so

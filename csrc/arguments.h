@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The arguments and results of a layer operator, one struct for all cells and directions.
+// ops.cpp fills LayerArguments from a flat argument list, checks.h derives Sizes from them, cpu/layer.cpp runs them.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/layer.h"
+
+namespace fastrnn {
+
+using at::Tensor;
+using cpu::Cell;
+
+// Every pointer borrows a tensor that its caller keeps alive; null: not given.
+// Shapes: letters as in cpu/layer.h. Packed: x and y have rows [N], else [T, B].
+
+struct Weights {       // of one direction
+  const Tensor* w_ih;  // [G*H, I]
+  const Tensor* w_hh;  // [G*H, R]
+  const Tensor* b_ih;  // [G*H]
+  const Tensor* b_hh;  // [G*H]
+  const Tensor* w_hr;  // [P, H], LSTM only
+};
+
+struct LayerArguments {
+  const char* name;  // of the operator, for messages
+  Cell cell;
+  const Tensor* x;            // [T, B, I] or [N, I]
+  const Tensor* h0;           // [D, B, R]
+  const Tensor* c0;           // [D, B, H], LSTM only
+  Weights weights[2];         // forward, reverse; w_ih of the second decides D
+  const Tensor* lengths;      // in the schema, refused
+  const Tensor* batch_sizes;  // [T], int64 on the CPU
+  const Tensor* reset;        // in the schema, refused; likewise every pointer below
+  const Tensor* reset_h;
+  const Tensor* reset_c;
+  const Tensor* h_mask;
+  const Tensor* zoneout_h;
+  const Tensor* zoneout_c;
+};
+
+struct BackwardArguments {
+  LayerArguments layer;
+  const Tensor* d_y;    // like y
+  const Tensor* d_h_n;  // [D, B, R]
+  const Tensor* d_c_n;  // [D, B, H], LSTM only
+  const Tensor* y;      // [T, B, D*R] or [N, D*R]
+  const Tensor* gates;  // [D, N, 4*padded(H)], not RNN
+  const Tensor* cells;  // [D, N, H], LSTM only
+  int64_t needs;        // bit k set: gradient k is wanted
+};
+
+// What the checked arguments say about a layer.
+struct Sizes {
+  int64_t T, B, I, H, R, P, D, N;  // P = 0 without a projection
+  const int64_t* batch_sizes;      // [T], null when padded
+  Tensor batch_sizes_owner;        // keeps a contiguous copy alive; undefined when none was needed
+};
+
+struct LayerResults {
+  Tensor y;      // [T, B, D*R] or [N, D*R]
+  Tensor h_n;    // [D, B, R]
+  Tensor c_n;    // [D, B, H], LSTM only
+  Tensor gates;  // [D, N, 4*padded(H)], LSTM and GRU; [0] when not saved
+  Tensor cells;  // [D, N, H], LSTM; [0] when not saved
+};
+
+// Gradients in the order of the schema: x, h0, (c0), then per direction w_ih, w_hh, b_ih, b_hh, (w_hr), where those in
+// brackets are LSTM's. One that is not wanted, or whose tensor was not given, is [0].
+constexpr int kMaxGradients = 13;
+constexpr int gradient_count(Cell cell) { return cell == Cell::lstm ? 13 : 10; }
+using Gradients = std::array<Tensor, kMaxGradients>;
+
+namespace cpu {
+LayerResults layer_forward(const LayerArguments& arguments, const Sizes& sizes, bool save);
+Gradients layer_backward(const BackwardArguments& arguments, const Sizes& sizes);
+}  // namespace cpu
+
+}  // namespace fastrnn

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every check of an operator's arguments, with one message style; ops.cpp calls it before anything is computed:
+//   fastrnn.lstm_layer: w_hh must be [4*H, R] = [256, 64], got [256, 128]
+// A tensor that passes can be read through its pointer, sizes and strides: the kernels below check nothing again.
+// Types of exceptions are torch.nn's: ValueError for the rank of x and for weights of another dtype than x,
+// NotImplementedError for what is not built yet, RuntimeError for everything else.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "arguments.h"
+
+namespace fastrnn {
+namespace checks {
+
+using at::IntArrayRef;
+
+// No dimension, and no array in elements, may be larger, so that no size or offset in bytes overflows below.
+constexpr int64_t kMaxDimension = INT32_MAX;
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+
+inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
+
+// A rule as a reader sees it: [G*H, R] becomes [4*H, R], [3*H, R] or [H, R].
+inline std::string spell(Cell cell, std::string rule) {
+  const size_t at = rule.find("G*");
+  if (at == std::string::npos) return rule;
+  const int64_t gates = cpu::gates_per_unit(cell);
+  return rule.replace(at, 2, gates == 1 ? "" : std::to_string(gates) + "*");
+}
+
+// The checks of one call. Messages are built only when one fails: a call with T = 1 takes a few microseconds in all.
+class Checker {
+ public:
+  explicit Checker(const LayerArguments& arguments) : arguments_(arguments) {}
+
+  // Checks every argument of a forward call and returns what they say about the layer.
+  Sizes layer() {
+    const LayerArguments& a = arguments_;
+    refuse_unsupported();
+    readable("x", a.x);
+    dtype_ = a.x->scalar_type();
+    if (dtype_ != at::kFloat && dtype_ != at::kDouble && dtype_ != at::kBFloat16 && dtype_ != at::kHalf) {
+      fail("x must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype_));
+    }
+    Sizes s{};
+    if (a.batch_sizes == nullptr) {
+      if (a.x->dim() != 3) fail_value("x must be [T, B, I], got ", a.x->sizes());
+      s.T = a.x->size(0), s.B = a.x->size(1), s.I = a.x->size(2);
+      if (s.T < 1) fail("x must have at least one time step, got [T, B, I] = ", a.x->sizes());
+    } else {
+      if (a.x->dim() != 2) fail_value("x must be [N, I] when batch_sizes is given, got ", a.x->sizes());
+      s.N = a.x->size(0), s.I = a.x->size(1);
+    }
+    if (s.I < 1) fail("x must have at least one feature, got ", a.x->sizes());
+
+    operand("w_hh", a.weights[0].w_hh);
+    const int64_t gates = cpu::gates_per_unit(a.cell);
+    const IntArrayRef w_hh = a.weights[0].w_hh->sizes();
+    if (w_hh.size() != 2 || w_hh[0] < 1 || w_hh[0] % gates != 0) {
+      fail("w_hh must be ", spell(a.cell, "[G*H, R]"), " with H >= 1, got ", w_hh);
+    }
+    s.H = w_hh[0] / gates;
+    s.R = s.H;
+    if (a.weights[0].w_hr != nullptr) {
+      operand("w_hr", a.weights[0].w_hr);
+      const IntArrayRef w_hr = a.weights[0].w_hr->sizes();
+      if (w_hr.size() != 2 || w_hr[0] < 1) fail("w_hr must be [P, H] with P >= 1, got ", w_hr);
+      s.P = s.R = w_hr[0];
+    }
+    s.D = a.weights[1].w_ih != nullptr ? 2 : 1;
+    if (a.batch_sizes == nullptr) {
+      bound("T", s.T), bound("B", s.B);
+      s.N = s.T * s.B;
+    } else {
+      packed(s);
+    }
+    bound("I", s.I), bound("H", s.H), bound("R", s.R);
+    // In double: sizes up to 2^31 multiply to far beyond 64 bits. 4*padded(H) bounds the gates of every cell.
+    const auto widest = static_cast<double>(std::max({s.I, 2 * s.R, 4 * cpu::padded(s.H)}));
+    if (static_cast<double>(s.N) * widest > kMaxElements || widest * widest > kMaxElements) {
+      fail("the layer is too large: N = ", s.N, ", I = ", s.I, ", H = ", s.H, ", R = ", s.R);
+    }
+
+    operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
+    if (a.cell == Cell::lstm) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
+    weights(s);
+    return s;
+  }
+
+  // Checks what a backward call has beside the arguments of the forward call.
+  void backward(const BackwardArguments& b, const Sizes& s) {
+    const LayerArguments& a = arguments_;
+    if (b.needs < 0 || b.needs >= int64_t{1} << gradient_count(a.cell)) {
+      fail("needs must be in [0, 2^", gradient_count(a.cell), "), got ", b.needs);
+    }
+    const bool padded = s.batch_sizes == nullptr;
+    const char* rule = padded ? "[T, B, D*R]" : "[N, D*R]";
+    const auto like_y = [&](const char* name, const Tensor* tensor) {
+      if (padded) {
+        operand(name, tensor, rule, {s.T, s.B, s.D * s.R});
+      } else {
+        operand(name, tensor, rule, {s.N, s.D * s.R});
+      }
+    };
+    like_y("y", b.y);
+    if (b.d_y != nullptr) like_y("d_y", b.d_y);
+    if (b.d_h_n != nullptr) operand("d_h_n", b.d_h_n, "[D, B, R]", {s.D, s.B, s.R});
+    if (b.d_c_n != nullptr) operand("d_c_n", b.d_c_n, "[D, B, H]", {s.D, s.B, s.H});
+
+    dtype_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;  // of what the forward saves
+    if (cpu::saved_per_unit(a.cell) != 0) {
+      operand("gates", b.gates, "[D, N, 4*padded(H)]", {s.D, s.N, cpu::saved_per_unit(a.cell) * cpu::padded(s.H)});
+    }
+    if (a.cell == Cell::lstm) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
+  }
+
+ private:
+  template <class... Parts>
+  [[noreturn]] C10_NOINLINE void fail(const Parts&... parts) const {
+    C10_THROW_ERROR(Error, c10::str("fastrnn.", arguments_.name, ": ", parts...));
+  }
+  template <class... Parts>
+  [[noreturn]] C10_NOINLINE void fail_value(const Parts&... parts) const {
+    C10_THROW_ERROR(ValueError, c10::str("fastrnn.", arguments_.name, ": ", parts...));
+  }
+
+  void refuse_unsupported() const {
+    const LayerArguments& a = arguments_;
+    const auto refuse = [&](const char* name, const Tensor* tensor) {
+      if (tensor != nullptr) {
+        C10_THROW_ERROR(NotImplementedError, c10::str("fastrnn.", a.name, ": ", name, " is not supported yet"));
+      }
+    };
+    refuse("lengths", a.lengths), refuse("reset", a.reset), refuse("reset_h", a.reset_h);
+    refuse("reset_c", a.reset_c), refuse("h_mask", a.h_mask), refuse("zoneout_h", a.zoneout_h);
+    refuse("zoneout_c", a.zoneout_c);
+  }
+
+  void bound(const char* letter, int64_t size) const {
+    if (size > kMaxDimension) fail(letter, " must be at most ", kMaxDimension, ", got ", size);
+  }
+
+  // The tensor is there, is an ordinary dense CPU tensor and its memory holds all its elements.
+  void readable(const char* name, const Tensor* tensor) const {
+    if (tensor == nullptr || !tensor->defined()) fail(name, " must be given");
+    constexpr c10::DispatchKeySet kDenseCpu(c10::DispatchKey::CPU);
+    if (C10_UNLIKELY(!tensor->key_set().has_all(kDenseCpu))) {
+      if (!tensor->device().is_cpu()) fail(name, " must be on the CPU, got ", tensor->device());
+      fail(name, " must be a dense tensor, got layout ", tensor->layout(), ", dtype ", tensor->dtype());
+    }
+    if (C10_UNLIKELY(!holds_its_elements(*tensor))) {
+      fail(name, " has no memory of its own (a tensor subclass, a functorch wrapper, or a storage that was freed)");
+    }
+  }
+
+  static bool holds_its_elements(const Tensor& tensor) {
+    if (tensor._is_zerotensor() || tensor.numel() == 0) return true;  // read as zeros, or not at all
+    if (!tensor.has_storage() || tensor.const_data_ptr() == nullptr) return false;
+    const IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+    int64_t end = tensor.storage_offset() + 1;
+    for (size_t axis = 0; axis < sizes.size(); ++axis) end += (sizes[axis] - 1) * strides[axis];
+    return static_cast<size_t>(end) * tensor.itemsize() <= tensor.storage().nbytes();
+  }
+
+  void operand(const char* name, const Tensor* tensor) const {
+    readable(name, tensor);
+    if (C10_UNLIKELY(tensor->scalar_type() != dtype_)) {
+      const std::string wanted = dtype_name(dtype_), got = dtype_name(tensor->scalar_type());
+      if (name[0] == 'w' || name[0] == 'b') fail_value(name, " must be ", wanted, " like x, got ", got);
+      fail(name, " must be ", wanted, ", got ", got);
+    }
+  }
+
+  void operand(const char* name, const Tensor* tensor, const char* rule, std::initializer_list<int64_t> sizes) const {
+    operand(name, tensor);
+    if (C10_UNLIKELY(!tensor->sizes().equals(sizes))) {
+      fail(name, " must be ", spell(arguments_.cell, rule), " = ", IntArrayRef(sizes), ", got ", tensor->sizes());
+    }
+  }
+
+  void weights(const Sizes& s) const {
+    static constexpr const char* kNames[2][5] = {
+        {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"},
+        {"w_ih_reverse", "w_hh_reverse", "b_ih_reverse", "b_hh_reverse", "w_hr_reverse"}};
+    const int64_t rows = cpu::gates_per_unit(arguments_.cell) * s.H;
+    for (int64_t d = 0; d < s.D; ++d) {
+      const Weights& w = arguments_.weights[d];
+      operand(kNames[d][0], w.w_ih, "[G*H, I]", {rows, s.I});
+      operand(kNames[d][1], w.w_hh, "[G*H, R]", {rows, s.R});
+      if (w.b_ih != nullptr) operand(kNames[d][2], w.b_ih, "[G*H]", {rows});
+      if (w.b_hh != nullptr) operand(kNames[d][3], w.b_hh, "[G*H]", {rows});
+      if (s.P != 0) operand(kNames[d][4], w.w_hr, "[P, H]", {s.P, s.H});
+      if (s.P == 0 && w.w_hr != nullptr) fail(kNames[d][4], " is given without w_hr");
+    }
+    if (s.D == 2) return;
+    const Weights& w = arguments_.weights[1];
+    const Tensor* const rest[] = {w.w_hh, w.b_ih, w.b_hh, w.w_hr};
+    for (int k = 0; k < 4; ++k) {
+      if (rest[k] != nullptr) fail(kNames[1][k + 1], " is given without w_ih_reverse");
+    }
+  }
+
+  // batch_sizes decides T and B of a packed layer: positive, not increasing, sum N.
+  void packed(Sizes& s) const {
+    const Tensor& tensor = *arguments_.batch_sizes;
+    readable("batch_sizes", &tensor);
+    if (tensor.scalar_type() != at::kLong) fail("batch_sizes must be int64, got ", dtype_name(tensor.scalar_type()));
+    if (tensor.dim() != 1) fail("batch_sizes must be [T], got ", tensor.sizes());
+    s.T = tensor.size(0);
+    if (s.T < 1) fail("batch_sizes must have at least one time step, got ", tensor.sizes());
+    if (s.T > s.N) fail("batch_sizes must be positive and sum to N = ", s.N, ", got T = ", s.T, " steps");
+    bound("T", s.T), bound("N", s.N);
+    s.batch_sizes_owner = tensor._is_zerotensor() || tensor.is_neg() ? tensor.clone() : tensor.contiguous();
+    s.batch_sizes = s.batch_sizes_owner.const_data_ptr<int64_t>();
+    s.B = s.batch_sizes[0];
+    int64_t sum = 0;
+    for (int64_t t = 0; t < s.T; ++t) {
+      const int64_t rows = s.batch_sizes[t];
+      if (rows < 1) fail("batch_sizes must be positive, got ", rows, " at step ", t);
+      if (t > 0 && rows > s.batch_sizes[t - 1]) {
+        fail("batch_sizes must not increase, got ", s.batch_sizes[t - 1], " then ", rows, " at step ", t);
+      }
+      if (rows > s.N - sum) fail("batch_sizes must sum to the rows of x, N = ", s.N, ", got more");
+      sum += rows;
+    }
+    if (sum != s.N) fail("batch_sizes must sum to the rows of x, N = ", s.N, ", got ", sum);
+  }
+
+  const LayerArguments& arguments_;
+  at::ScalarType dtype_ = at::kFloat;
+};
+
+}  // namespace checks
+}  // namespace fastrnn

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Builds fastrnn._C with ninja: every C++ file with its own flags, again when the file, a header or a flag changed.
+
+Environment: CXX, the compiler (c++); MAX_JOBS; FASTRNN_WERROR=1, warnings are errors; FASTRNN_CUDA=1 insists on CUDA,
+0 forbids it. Everything else about the package stands in pyproject.toml.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+try:
+    import torch
+except ImportError:
+    sys.exit(
+        "fastrnn is compiled against the torch that it will run with, and this Python has none: "
+        "type `pip install torch setuptools ninja && pip install --no-build-isolation .`"
+    )
+if torch.__version__ < (2, 11):
+    sys.exit(f"fastrnn needs torch >= 2.11, and this is torch {torch.__version__}: type `pip install --upgrade torch`")
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"fastrnn needs setuptools >= 77, and this is {setuptools.__version__}: type `pip install -U setuptools`")
+
+ROOT = Path(__file__).parent.resolve()
+TORCH = Path(torch.__file__).parent
+NINJA_DIR = Path("build/ninja")  # relative to ROOT, fixed: pip's own build directory changes from call to call
+OPTIMIZE = "-O3"
+CXX = os.environ.get("CXX", "c++")
+CXX_FLAGS = [OPTIMIZE, "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp", "-fPIC"]
+CXX_FLAGS += ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("FASTRNN_WERROR") == "1" else [])]
+# One line for each file of csrc/cpu/isa: what this file alone may use; never -march=native. Other machines: scalar.
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"],
+}  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
+TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu/layer.cpp"]  # the only files that see torch
+
+
+def sources_with_flags() -> dict[str, list[str]]:
+    """Every C++ file of the extension and the flags that it gets beside CXX_FLAGS."""
+    headers = [TORCH / "include", TORCH / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+    torch_flags = [flag for path in headers for flag in ("-isystem", str(path))]
+    torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    torch_flags += ["-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    sources = dict.fromkeys(TORCH_SOURCES, torch_flags)
+    for path in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+        sources.setdefault(path.relative_to(ROOT).as_posix(), [])
+    for path in sorted(ROOT.glob("csrc/cpu/isa/*.cpp")):
+        if path.stem not in ISA_FLAGS:
+            sys.exit(f"setup.py: csrc/cpu/isa/{path.name} has no line in ISA_FLAGS")
+        if path.stem == "scalar" or platform.machine() in ("x86_64", "AMD64"):
+            sources[path.relative_to(ROOT).as_posix()] = ISA_FLAGS[path.stem]
+    return sources
+
+
+def ninja_file(sources: dict[str, list[str]]) -> str:
+    """The text of build.ninja; -MD lists torch's headers too, so that another torch in the same place rebuilds."""
+
+    def quoted(arguments: list[str]) -> str:
+        return shlex.join(arguments).replace("$", "$$")
+
+    lines = [f"builddir = {NINJA_DIR}", f"cxx = {quoted(shlex.split(CXX))}", f"flags = {quoted(CXX_FLAGS)}"]
+    lines += ["rule compile", "  command = $cxx -MD -MF $out.d $flags $own -c $in -o $out", "  deps = gcc"]
+    lines += ["  depfile = $out.d", "  description = $cxx $in"]
+    lines += ["rule link", "  command = $cxx -shared -fopenmp $in -o $out $libraries", "  description = link $out"]
+    objects = [f"{NINJA_DIR}/{source.removesuffix('.cpp')}.o" for source in sources]
+    for target, (source, own) in zip(objects, sources.items(), strict=True):
+        lines += [f"build {target}: compile {source}", f"  own = {quoted(own)}"]
+    libraries = [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    lines += [f"build {NINJA_DIR}/_C.so: link {' '.join(objects)}", f"  libraries = {quoted(libraries)}", ""]
+    return "\n".join(lines)
+
+
+def ninja_program() -> str:
+    """The ninja of the Python package, which need not be on the PATH, else the machine's."""
+    try:
+        import ninja
+
+        return os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        return shutil.which("ninja") or sys.exit("fastrnn is built with ninja: type `pip install ninja`")
+
+
+def cuda_decision() -> str:
+    """One sentence on CUDA: built, or why not. It never looks for a GPU."""
+    wish = os.environ.get("FASTRNN_CUDA")
+    missing = "torch is built without CUDA" if torch.version.cuda is None else ""
+    missing = missing or ("" if shutil.which("nvcc") else "nvcc is not on the PATH")
+    missing = missing or "this version of fastrnn has no CUDA kernels"
+    if wish == "1":
+        sys.exit(f"fastrnn: FASTRNN_CUDA=1, but {missing}")
+    return f"fastrnn: built for the CPU only: {'FASTRNN_CUDA=0' if wish == '0' else missing}"
+
+
+class NinjaBuild(build_ext):
+    """Hands the one extension to ninja, and leaves fastrnn/_build.py beside it: what `_C` was built for."""
+
+    def build_extension(self, ext: Extension) -> None:
+        directory = ROOT / NINJA_DIR
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "build.ninja").write_text(ninja_file(sources_with_flags()))
+        jobs = ["-j", os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))]
+        if subprocess.run([ninja_program(), "-f", str(NINJA_DIR / "build.ninja"), *jobs], cwd=ROOT).returncode:
+            raise CompileError("a C++ file of fastrnn does not compile; the compiler's message stands above")
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(directory / "_C.so", output)
+
+    def run(self) -> None:
+        print(cuda_decision())
+        super().run()
+        built_for = [f"TORCH_VERSION = {str(torch.__version__)!r}", f"CXX11_ABI = {torch.compiled_with_cxx11_abi()}"]
+        built_for += [f"FLAGS = {shlex.join([CXX, *CXX_FLAGS])!r}", f"ISA_FLAGS = {ISA_FLAGS!r}", ""]
+        text = "# SPDX-License-Identifier: BSD-3-Clause\n# Written by setup.py: what _C was built for.\n"
+        path = Path(self.get_ext_fullpath("fastrnn._C")).with_name("_build.py")
+        path.write_text(text + "\n".join(built_for))
+
+
+setup(ext_modules=[Extension("fastrnn._C", TORCH_SOURCES)], cmdclass={"build_ext": NinjaBuild})
