@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fastrnn: LSTM, GRU and RNN layers for PyTorch, a whole sequence in one kernel; drop-in for torch.nn's modules."""
+
+from . import functional, reference
+from .cells import GRUCell, LSTMCell, RNNCell
+from .compiling import fullgraph
+from .explanation import explain
+from .modules import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "explain",
+    "fullgraph",
+    "functional",
+    "reference",
+]

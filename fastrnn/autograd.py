@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The way to the kernels: which rung of the ladder a call takes, and through which door; called by functional.py,
+modules.py and cells.py. The operators' derivatives and fake kernels are registered in operators.py.
+
+The ladder: "kernel" for ordinary CPU tensors, also under vmap; "reference" (reference.py) under the other transforms of
+torch.func and forward-mode AD, where an operator with a registered derivative would give a tangent of zero and no
+error; "torch" (torch.nn's own forward, which the caller runs) for whatever the kernels do not take.
+
+The doors of the kernel rung, all to the same C++ function. Times of a call with T = 1, B = 1, H = 64 (see
+docs/architecture.md) are why there are three:
+- no gradient needed: pybind11, directly;
+- gradient needed: a torch.autograd.Function with a plain forward(ctx, ...); one with setup_context re-binds the
+  signature at every call;
+- torch.compile, torch.export, vmap, or a dispatch mode that wants to see operators: torch.ops.fastrnn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from . import extension
+from .operators import GRU, LSTM, RNN, Operator, backward, needs_reference
+
+_C: Any = extension.module
+
+# Bound once: an attribute look-up through torch._C costs as much as the call.
+_any_requires_grad = torch._C._any_requires_grad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_STRIDED = torch.strided
+
+
+def route(tensors: Iterable[Tensor | None]) -> str:
+    """The rung that a layer with these tensors takes: "kernel", "reference" or "torch". Called once per layer call.
+
+    Args:
+        tensors: every tensor of the call, input, states and weights; None stands for one that does not exist.
+    """
+    if _C is None:
+        return "torch"
+    compiling = is_compiling()
+    if is_autocast_enabled("cpu") or (not compiling and _tracing_state() is not None):
+        return "torch"
+    dtype = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN and not compiling:  # a compiler calls with tensors of its own classes
+            return "torch"
+        if tensor.dtype is not dtype:
+            if dtype is not None or tensor.dtype not in _DTYPES:
+                return "torch"
+            dtype = tensor.dtype
+        if not tensor.is_cpu or tensor.layout is not _STRIDED:
+            return "torch"
+    return "reference" if needs_reference() else "kernel"
+
+
+def explain_route(tensors: Iterable[Tensor | None]) -> str:
+    """The decision of route() in a sentence.
+
+    Args:
+        tensors: as for route().
+    """
+    tensors = list(tensors)
+    rung = route(tensors)
+    if rung == "kernel":
+        return f"kernel: fastrnn's own, {_C.isa()}"
+    if rung == "reference":
+        return (
+            "reference: plain PyTorch (fastrnn.reference), because a torch.func transform or forward-mode AD is active"
+        )
+    return f"torch: torch.nn's own forward, because {_refusal(tensors)}"
+
+
+def _refusal(tensors: list[Tensor | None]) -> str:
+    """Why route() says "torch"."""
+    if _C is None:
+        return f"the extension is not loaded: {extension.reason}"
+    if is_autocast_enabled("cpu"):
+        return "autocast is on for the CPU"
+    if not is_compiling() and _tracing_state() is not None:
+        return "torch.jit.trace is running"
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
+            return f"an argument is a {type(tensor).__name__}, not a Tensor"
+        if not tensor.is_cpu:
+            return f"a tensor is on {tensor.device} and the kernels are for the CPU"
+        if tensor.layout is not _STRIDED:
+            return f"a tensor has the layout {tensor.layout}"
+        if type(tensor) not in _PLAIN and not is_compiling():
+            return f"a tensor is a {type(tensor).__name__}, a subclass of Tensor"
+    dtypes = {tensor.dtype for tensor in given}
+    odd = dtypes - _DTYPES
+    return f"a tensor is {odd.pop()}" if odd else f"the tensors mix {' and '.join(sorted(map(str, dtypes)))}"
+
+
+def _save(ctx: Any, arguments: Sequence[Any], outputs: tuple[Tensor, ...], results: int, *options: bool) -> Any:
+    """Keeps what backward() needs: the tensors, batch_sizes, y and the buffers. Returns y and the final states."""
+    ctx.save_for_backward(*arguments, outputs[0], *outputs[results:])
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.saved, ctx.direct = options, True, True
+    return outputs[:results]
+
+
+class _LstmLayer(torch.autograd.Function):
+    """The eager door with gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _C.lstm_layer(*arguments[:13], None, arguments[13], None, None, None, None, None, None, True)
+        return _save(ctx, arguments, outputs, 3)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(LSTM, ctx, gradients), None
+
+
+class _GruLayer(torch.autograd.Function):
+    """The eager door with gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        outputs = _C.gru_layer(*arguments[:10], None, arguments[10], None, None, None, None, True)
+        return _save(ctx, arguments, outputs, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(GRU, ctx, gradients), None
+
+
+class _RnnLayer(torch.autograd.Function):
+    """The eager door with gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *arguments, relu = arguments
+        outputs = _C.rnn_layer(*arguments[:10], None, arguments[10], None, None, None, None, relu, True)
+        return _save(ctx, arguments, outputs, 2, relu)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(RNN, ctx, gradients), None, None
+
+
+def _other_door(
+    operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
+) -> tuple[Tensor, ...]:
+    """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap."""
+    if _C is None or needs_reference():
+        return operator.reference(*tensors, batch_sizes, *options)
+    save = is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return operator.overload(*tensors, *operator.extras(batch_sizes), *options, save)[: operator.results]
+
+
+# The three functions below are the hot path of a call with T = 1: no helper is called and nothing is packed before the
+# last line. The order of the first test matters to Dynamo, which can trace is_compiling() alone.
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    w_ih_reverse: Tensor | None,
+    w_hh_reverse: Tensor | None,
+    b_ih_reverse: Tensor | None,
+    b_hh_reverse: Tensor | None,
+    w_hr_reverse: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One LSTM layer with its directions, for tensors that route() did not send to torch.
+
+    Args:
+        x: [T, B, I], or [N, I] if batch_sizes is given.
+        h0: [D, B, R].
+        c0: [D, B, H].
+        w_ih: [4*H, I]; w_hh: [4*H, R]; b_ih, b_hh: [4*H] or None; w_hr: [P, H] or None; likewise _reverse, or None.
+        batch_sizes: CPU int64 [T], or None.
+    Returns:
+        y: [T, B, D*R] or [N, D*R]. h_n: [D, B, R]. c_n: [D, B, H].
+    """
+    # fmt: off
+    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+        return _other_door(
+            LSTM, (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                   w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse), batch_sizes,
+        )
+    if is_grad_enabled() and _any_requires_grad(
+        w_ih, w_hh, x, h0, c0, b_ih, b_hh, w_hr,
+        w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
+    ):
+        return _LstmLayer.apply(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, batch_sizes,
+        )
+    return _C.lstm_layer(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+        w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
+        None, batch_sizes, None, None, None, None, None, None, False,
+    )[:3]
+    # fmt: on
+
+
+def gru_layer(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_ih_reverse: Tensor | None,
+    w_hh_reverse: Tensor | None,
+    b_ih_reverse: Tensor | None,
+    b_hh_reverse: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One GRU layer with its directions, for tensors that route() did not send to torch.
+
+    Args:
+        x: [T, B, I], or [N, I] if batch_sizes is given.
+        h0: [D, B, H].
+        w_ih: [3*H, I]; w_hh: [3*H, H]; b_ih, b_hh: [3*H] or None; likewise _reverse, or None.
+        batch_sizes: CPU int64 [T], or None.
+    Returns:
+        y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
+    """
+    # fmt: off
+    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+        return _other_door(
+            GRU, (x, h0, w_ih, w_hh, b_ih, b_hh,
+                  w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes,
+        )
+    if is_grad_enabled() and _any_requires_grad(
+        w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+    ):
+        return _GruLayer.apply(
+            x, h0, w_ih, w_hh, b_ih, b_hh,
+            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes,
+        )
+    return _C.gru_layer(
+        x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+        None, batch_sizes, None, None, None, None, False,
+    )[:2]
+    # fmt: on
+
+
+def rnn_layer(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_ih_reverse: Tensor | None,
+    w_hh_reverse: Tensor | None,
+    b_ih_reverse: Tensor | None,
+    b_hh_reverse: Tensor | None,
+    batch_sizes: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """One Elman RNN layer with its directions, for tensors that route() did not send to torch.
+
+    Args:
+        x: [T, B, I], or [N, I] if batch_sizes is given.
+        h0: [D, B, H].
+        w_ih: [H, I]; w_hh: [H, H]; b_ih, b_hh: [H] or None; likewise _reverse, or None.
+        batch_sizes: CPU int64 [T], or None.
+        relu: max(0, .) instead of tanh.
+    Returns:
+        y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
+    """
+    # fmt: off
+    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+        return _other_door(
+            RNN, (x, h0, w_ih, w_hh, b_ih, b_hh,
+                  w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes, relu,
+        )
+    if is_grad_enabled() and _any_requires_grad(
+        w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+    ):
+        return _RnnLayer.apply(
+            x, h0, w_ih, w_hh, b_ih, b_hh,
+            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes, relu,
+        )
+    return _C.rnn_layer(
+        x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+        None, batch_sizes, None, None, None, None, relu, False,
+    )
+    # fmt: on

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LSTMCell, GRUCell and RNNCell: drop-in for torch.nn's cells, one step of a layer on the fused kernels.
+
+Users call them; a cell is the layer's operator with T = 1, reached through `fastrnn.autograd`. What the kernels do not
+take, and what is wrong, goes to torch.nn's own forward.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import autograd
+from .modules import States, Weights, read_weights
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _layer_arguments(
+    cell: nn.RNNCellBase, x: Tensor, states: States, count: int
+) -> tuple[Tensor, States, Weights] | None:
+    """The arguments of the layer operator for one step: x [1, B, I], `count` states [1, B, H], and the weights.
+
+    None if the kernels do not take them; torch.nn's forward then computes, or says what is wrong.
+    """
+    weights = read_weights(cell, _NAMES)
+    if weights[0] is None or weights[1] is None or autograd.route([x, *states, *weights]) == "torch":
+        return None
+    units = cell.hidden_size
+    shape = x.shape
+    if len(shape) == 2:
+        batch, features = shape
+        expected: tuple[int, ...] = (batch, units)
+    elif len(shape) == 1:
+        (features,) = shape
+        batch, expected = 1, (units,)
+    else:
+        return None
+    if features != cell.input_size or features == 0 or units == 0:
+        return None
+    for state in states:
+        if state.shape != expected:
+            return None
+    if len(shape) == 1:
+        x = x[None]
+        states = tuple([state[None] for state in states])
+    if not states:
+        return x[None], (x.new_zeros((1, batch, units)),) * count, weights
+    return x[None], tuple([state[None] for state in states]), weights
+
+
+def _one_step(x: Tensor, state: Tensor) -> Tensor:
+    """The final state [1, B, H] of a layer in the form that belongs to the input x: [B, H] or [H]."""
+    return state[0] if x.dim() == 2 else state[0, 0]
+
+
+class LSTMCell(nn.LSTMCell):
+    """torch.nn.LSTMCell on the fused kernels: the same constructor, parameters, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units.
+        bias: whether the cell has the two biases b_ih and b_hh.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: see fastrnn.LSTM.
+    """
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step: input [B, I] or [I], hx the pair (h, c) of [B, H] or [H], zeros if None; returns (h', c')."""
+        if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            arguments = _layer_arguments(self, input, () if hx is None else tuple(hx), 2)
+            if arguments is not None:
+                x, states, weights = arguments
+                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)
+                return _one_step(input, h), _one_step(input, c)
+        return super().forward(input, hx)
+
+
+class GRUCell(nn.GRUCell):
+    """torch.nn.GRUCell on the fused kernels: the same constructor, parameters, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units.
+        bias: whether the cell has the two biases b_ih and b_hh.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: see fastrnn.GRU.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
+        if arguments is None:
+            return super().forward(input, hx)
+        x, states, weights = arguments
+        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)
+        return _one_step(input, h)
+
+
+class RNNCell(nn.RNNCell):
+    """torch.nn.RNNCell on the fused kernels: the same constructor, parameters, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units.
+        bias: whether the cell has the two biases b_ih and b_hh.
+        nonlinearity: "tanh" or "relu"; as in torch.nn, another value is refused at the first call.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: see fastrnn.RNN.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        if self.nonlinearity in ("tanh", "relu"):
+            arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
+            if arguments is not None:
+                x, states, weights = arguments
+                relu = self.nonlinearity == "relu"
+                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)
+                return _one_step(input, h)
+        return super().forward(input, hx)

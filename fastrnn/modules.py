@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LSTM, GRU and RNN: drop-in for torch.nn's modules of the same name, running on the fused kernels.
+
+What a stack of layers needs lives here: weights by name, layers, directions, dropout, packed sequences, states.
+Users call it; it calls `fastrnn.autograd` once per layer, and torch.nn's own forward for all that the kernels do not
+take, so that nothing that works with torch.nn stops working here. The cells are in cells.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import autograd
+
+Weights = list[Tensor | None]
+States = tuple[Tensor, ...]
+Device = torch.device | str | int | None
+
+
+def read_weights(module: nn.Module, names: Sequence[str]) -> Weights:
+    """What `getattr(module, name)` gives now for each name, without nn.Module's slow search for ordinary parameters.
+
+    Called at every forward and never remembered: a weight may have been replaced by a parametrization (a property of
+    the class), by pruning, weight norm or weight drop (a plain tensor in `__dict__`), or by functional_call (another
+    entry in `_parameters`).
+    """
+    own = module.__dict__
+    parameters = own["_parameters"]
+    weights: Weights = []
+    for name in names:
+        if name in own:
+            weights.append(own[name])
+        elif name in parameters:
+            weights.append(parameters[name])
+        else:
+            weights.append(getattr(module, name))
+    return weights
+
+
+class _Stack(nn.RNNBase):
+    """The forward pass of a stack of layers. LSTM, GRU and RNN add their operator and the form of their states.
+
+    Inside, states are always a tuple, (h, c) or (h,), and weights a list in the order of the operator's arguments.
+    """
+
+    _weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
+    _gates = 1
+
+    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+        """One layer with its directions. x is [T, B, I] or packed [N, I]; returns y and the final states."""
+        raise NotImplementedError
+
+    def _split_states(self, hx: Tensor | States) -> States | None:
+        """hx as a tuple of states; None if it does not have the form that torch.nn asks for."""
+        return (hx,)
+
+    def _join_states(self, states: States) -> Tensor | States:
+        """The final states in the form that torch.nn returns."""
+        return states[0]
+
+    def _state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shape of each state; lead is (L*D, B), or (L*D,) for an unbatched input."""
+        return ((*lead, self.hidden_size),)
+
+    def _zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
+        """Initial states of one layer; lead is (D, B)."""
+        return (x.new_zeros((*lead, self.hidden_size)),)
+
+    def _layer_weights(self) -> list[Weights]:
+        """For each layer the weights of its directions, in the order of the operator's arguments."""
+        slots = self._weights_per_direction
+        layers: list[Weights] = []
+        for names in self._all_weights:  # torch.nn's list of names: an entry for each layer and direction
+            weights = read_weights(self, names)
+            for weight in weights:
+                if weight is None:
+                    name = names[[given is None for given in weights].index(True)]
+                    raise TypeError(f"fastrnn.{self._get_name()}: {name} must be a Tensor, got None")
+            if not self.bias:
+                weights[2:2] = (None, None)
+            if len(weights) < slots:
+                weights.append(None)  # no projection
+            if self.bidirectional and layers and len(layers[-1]) == slots:
+                layers[-1] += weights
+            else:
+                layers.append(weights)
+        return layers
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | States | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor | States]:
+        """Runs the layers over a whole sequence.
+
+        Args:
+            input: [T, B, I]; [B, T, I] with batch_first; [T, I] for one sequence without a batch; or a PackedSequence.
+            hx: the initial states, [L*D, B, R] for h and [L*D, B, H] for c (without B for an unbatched input), with
+                R = proj_size if there is a projection, else H. An LSTM takes the pair (h, c). Zeros if not given.
+
+        Returns:
+            (y, h_n), for an LSTM (y, (h_n, c_n)). y has the form of the input with D*R in place of I, the states have
+            the form of hx. Differentiable any number of times.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
+        """
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+        else:
+            x, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
+        layers = self._layer_weights()
+        states = () if hx is None else self._split_states(hx)
+        if states is None:
+            return self._torch_forward(input, hx)
+        tensors: Weights = [x, *states]
+        for weights in layers:
+            tensors += weights
+        if autograd.route(tensors) == "torch":
+            return self._torch_forward(input, hx)
+
+        # What has not the shape that it should have goes to torch.nn, which says so. The operator checks the weights.
+        directions = 2 if self.bidirectional else 1
+        if directions == 1:
+            for weights in layers:
+                weights += (None,) * self._weights_per_direction
+        rows = directions * self.num_layers
+        shape = x.shape
+        lead: tuple[int, ...]
+        if batch_sizes is not None:
+            fits = len(shape) == 2
+            batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+            lead = (rows, batch)
+        elif len(shape) == 3:
+            if self.batch_first:
+                x = x.transpose(0, 1)
+                shape = x.shape
+            batch = shape[1]
+            fits = shape[0] > 0
+            lead = (rows, batch)
+        else:
+            batch = 1
+            fits = len(shape) == 2 and shape[0] > 0
+            lead = (rows,)
+        if not fits or shape[-1] != self.input_size:
+            return self._torch_forward(input, hx)
+        if states:
+            expected = self._state_shapes(lead)
+            for k, state in enumerate(states):
+                if state.shape != expected[k]:
+                    return self._torch_forward(input, hx)
+            if len(lead) == 1:
+                states = tuple([state.unsqueeze(1) for state in states])
+            elif sorted_indices is not None:
+                states = tuple([state.index_select(1, sorted_indices) for state in states])
+        if len(lead) == 1:
+            x = x.unsqueeze(1)
+
+        if len(layers) == 1:
+            if not states:
+                states = self._zero_states(x, (directions, batch))
+            y, states = self._layer(x, states, layers[0], batch_sizes)
+        else:
+            y, states = self._stack(x, states, layers, batch_sizes, (directions, batch))
+
+        if batch_sizes is not None:
+            if unsorted_indices is not None:
+                states = tuple([state.index_select(1, unsorted_indices) for state in states])
+            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        elif len(lead) == 1:
+            y = y.squeeze(1)
+            states = tuple([state.squeeze(1) for state in states])
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, self._join_states(states)
+
+    def _stack(
+        self,
+        x: Tensor,
+        states: States,
+        layers: list[Weights],
+        batch_sizes: Tensor | None,
+        lead: tuple[int, int],
+    ) -> tuple[Tensor, States]:
+        """Several layers, each reading the output of the one below. states: [L*D, B, ...] each, () for zeros."""
+        if states:
+            firsts = list(zip(*[state.split(lead[0]) for state in states], strict=True))
+        else:
+            firsts = [self._zero_states(x, lead)] * len(layers)
+        dropout = self.dropout if self.training else 0.0
+        finals = []
+        for first, weights in zip(firsts, layers, strict=True):
+            if finals and dropout != 0:
+                x = torch.dropout(x, dropout, True)  # on [T, B, D*R] or packed rows: the same mask as torch.nn's
+            x, final = self._layer(x, first, weights, batch_sizes)
+            finals.append(final)
+        return x, tuple([torch.cat(of_layers) for of_layers in zip(*finals, strict=True)])
+
+    def _torch_forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | States | None
+    ) -> tuple[Tensor | PackedSequence, Tensor | States]:
+        """torch.nn's own forward, after the checks that it leaves out.
+
+        torch.nn does not look at the shapes of weights (oneDNN then reads out of bounds) nor, with a PackedSequence,
+        at those of the states (a larger batch is cut, a batch of one is broadcast).
+        """
+        if not torch.jit.is_tracing():
+            self._check_weights()
+            if isinstance(input, PackedSequence) and hx is not None:
+                self._check_packed_states(input, hx)
+        return super().forward(input, hx)
+
+    def _check_weights(self) -> None:
+        units = self.hidden_size
+        rows = self._gates * units
+        directions = 2 if self.bidirectional else 1
+        width = self.proj_size or units
+        for index, names in enumerate(self._all_weights):
+            features = self.input_size if index < directions else directions * width
+            shapes = {
+                "weight_ih": (rows, features),
+                "weight_hh": (rows, width),
+                "bias_ih": (rows,),
+                "bias_hh": (rows,),
+                "weight_hr": (self.proj_size, units),
+            }
+            for name, weight in zip(names, read_weights(self, names), strict=True):
+                shape = shapes[name.partition("_l")[0]]
+                if isinstance(weight, Tensor) and weight.shape != shape:
+                    got = list(weight.shape)
+                    raise RuntimeError(f"fastrnn.{self._get_name()}: {name} must be {list(shape)}, got {got}")
+
+    def _check_packed_states(self, input: PackedSequence, hx: Tensor | States) -> None:
+        states = self._split_states(hx)
+        if states is None:
+            raise RuntimeError(f"fastrnn.{self._get_name()}: hx must be a pair of tensors (h_0, c_0)")
+        shapes = self._state_shapes((self.num_layers * (2 if self.bidirectional else 1), int(input.batch_sizes[0])))
+        for k, (state, expected) in enumerate(zip(states, shapes, strict=True)):
+            name = "hidden" if len(states) == 1 else f"hidden[{k}]"
+            self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
+
+
+class LSTM(_Stack, nn.LSTM):
+    """torch.nn.LSTM on the fused kernels: the same constructor, parameters, state_dict, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer.
+        num_layers: L, layers one above the other.
+        bias: whether the layers have the two biases b_ih and b_hh.
+        batch_first: whether input and output are [B, T, ...] instead of [T, B, ...]; states never are.
+        dropout: probability with which the outputs of each layer but the last are zeroed in training.
+        bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
+        proj_size: P > 0 projects h from H to P features.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
+        equations, gate order (i f g o) and initial values of torch.nn.LSTM.
+    """
+
+    _weights_per_direction = 5
+    _gates = 4
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        )
+
+    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+        y, h_n, c_n = autograd.lstm_layer(x, *states, *weights, batch_sizes)
+        return y, (h_n, c_n)
+
+    def _split_states(self, hx: Tensor | States) -> States | None:
+        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
+    def _join_states(self, states: States) -> States:
+        return states
+
+    def _state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return (*lead, self.proj_size or self.hidden_size), (*lead, self.hidden_size)
+
+    def _zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
+        c0 = x.new_zeros((*lead, self.hidden_size))
+        return (x.new_zeros((*lead, self.proj_size)) if self.proj_size else c0, c0)
+
+
+class GRU(_Stack, nn.GRU):
+    """torch.nn.GRU on the fused kernels: the same constructor, parameters, state_dict, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer.
+        num_layers: L, layers one above the other.
+        bias: whether the layers have the two biases b_ih and b_hh.
+        batch_first: whether input and output are [B, T, ...] instead of [T, B, ...]; states never are.
+        dropout: probability with which the outputs of each layer but the last are zeroed in training.
+        bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: Cho et al. 2014, in the variant of torch.nn.GRU: gates r z n, and r applied to W_hn h + b_hn.
+    """
+
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **refused: object,
+    ) -> None:
+        # refused: proj_size, to which torch.nn answers with a ValueError of its own
+        options = {"device": device, "dtype": dtype, **refused}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **options)
+
+    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+        y, h_n = autograd.gru_layer(x, *states, *weights, batch_sizes)
+        return y, (h_n,)
+
+
+class RNN(_Stack, nn.RNN):
+    """torch.nn.RNN on the fused kernels: the same constructor, parameters, state_dict, call and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units of a layer.
+        num_layers: L, layers one above the other.
+        nonlinearity: "tanh" or "relu".
+        bias: whether the layers have the two biases b_ih and b_hh.
+        batch_first: whether input and output are [B, T, ...] instead of [T, B, ...]; states never are.
+        dropout: probability with which the outputs of each layer but the last are zeroed in training.
+        bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
+        device: where to create the parameters.
+        dtype: their type.
+
+    Source: Elman 1990; equations of torch.nn.RNN.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **refused: object,
+    ) -> None:
+        # refused: proj_size, to which torch.nn answers with a ValueError of its own
+        options = {"device": device, "dtype": dtype, **refused}
+        super().__init__(
+            input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, **options
+        )
+
+    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+        y, h_n = autograd.rnn_layer(x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")
+        return y, (h_n,)
