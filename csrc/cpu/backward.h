@@ -17,7 +17,8 @@ template <class Cell, class V>
 class BackwardSweep {
   using Scalar = typename V::Scalar;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr int kBufferRows = 48, kAtOnce = V::kRegisters >= 32 ? 2 : 1;  // as forward
+  static constexpr int64_t kPass = 4 * kChain;
+  static constexpr int kBufferRows = 64, kAtOnce = V::kRegisters >= 32 ? 2 : 1;  // as forward
 
  public:
   explicit BackwardSweep(const BackwardTask& task)
@@ -102,21 +103,20 @@ class BackwardSweep {
     }
   }
 
-  // sums = d_r[t_before] * W_hh for m rows and one panel.
-  // `ahead`: what the tile fetches into the cache, or null.
-  void recur(int64_t row, int m, int64_t panel, bool active, Scalar* sums, const Scalar* ahead = nullptr) {
+  // sums (+)= terms [k0, k1) of d_r[t_before] * W_hh for m rows and one panel. `ahead`: what the tile fetches, or null.
+  void recur(int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums, const Scalar* ahead = nullptr) {
     const int nv = static_cast<int>(states_.width(panel));
     TileArgs<Scalar> args{};
-    args.k = active ? G * layer_.H : 0;
-    args.a = in(task_.d_gates) + (active ? rows_.index(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H : 0);
+    args.k = k1 - k0;
+    args.a = in(task_.d_gates);
+    if (k1 > k0) args.a += rows_.index(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H + k0;
     args.a_row = d_row_ * rows_.stride();
     args.a_step = 1;
-    args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H;
-    args.w_panel = args.init_row = 0;
-    args.init = nullptr;
+    args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H + k0 * nv * L;
+    args.init = k0 ? sums : nullptr;
     args.ahead = ahead;
     args.out = sums;
-    args.out_row = nv * L;
+    args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
   }
 
@@ -125,46 +125,72 @@ class BackwardSweep {
   void step(int64_t s, int64_t t, int64_t from, int64_t to, bool active) {
     if (from == to) return;
     const Panels& panels = layer_.P ? units_ : states_;
-    const int64_t first = layer_.P ? 0 : first_panel_, last = layer_.P ? units_.count : last_panel_;
-    for (int64_t j = 0; j < last - first; ++j) {
-      const int64_t p = s & 1 ? last - 1 - j : first + j;
+    const int64_t first_of_all = layer_.P ? 0 : first_panel_, last = layer_.P ? units_.count : last_panel_;
+    for (int64_t j = 0; j < last - first_of_all; ++j) {
+      const int64_t p = s & 1 ? last - 1 - j : first_of_all + j;
       const int nv = static_cast<int>(panels.width(p));
       const int64_t next = s & 1 ? p - 1 : p + 1;
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t i = 0; i < tiles.tiles;) {  // several tiles, then the cell, as forward
-        const int64_t begin = from + tiles.first(i);
+        const int64_t begin = from + tiles.first(i), i0 = i;
         int64_t row = begin;
-        for (int64_t end; i < tiles.tiles && (end = from + tiles.first(i + 1)) - begin <= kBufferRows; row = end, ++i) {
-          const int m = static_cast<int>(end - row);
-          Scalar* sums = buffer_ + (row - begin) * nv * L;
-          if (layer_.P) {
-            unproject(t, row, m, p, sums);
-          } else {
-            const bool fetch = active && i < nv && j + 1 < last - first;
-            recur(row, m, p, active, sums, fetch ? panel_line(next, i) : nullptr);
+        while (i < tiles.tiles && from + tiles.first(i + 1) - begin <= kBufferRows) row = from + tiles.first(++i);
+        fetch_saved(t, begin, row, panels.first(p) * L, nv * L);
+        // A pass over kPass terms reads a part of the panel that stays in the cache for all tiles.
+        const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
+        int64_t k0 = 0;
+        do {
+          const int64_t k1 = k_size - k0 < kPass ? k_size : k0 + kPass;
+          for (int64_t tile = i0; tile < i; ++tile) {
+            const int64_t first = from + tiles.first(tile);
+            const int m = static_cast<int>(from + tiles.first(tile + 1) - first);
+            Scalar* sums = buffer_ + (first - begin) * nv * L;
+            if (layer_.P) {
+              unproject(t, first, m, p, k0, k1, sums);
+            } else {
+              const bool fetches = tile - i0 < nv && (k1 < k_size || j + 1 < last - first_of_all);
+              recur(first, m, p, k0, k1, sums, fetches ? ahead(p, next, k0, k1, k_size, tile - i0) : nullptr);
+            }
           }
-        }
+          k0 = k1;
+        } while (k0 < k_size);
         differentiate(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
       }
     }
   }
 
-  // Where the i-th share of G*H cache lines of a panel of W_hh begins: the tile fetches one line for each k.
-  const Scalar* panel_line(int64_t panel, int64_t i) const {
-    return in(task_.w_hh) + (states_.first(panel) * L + i * static_cast<int64_t>(64 / sizeof(Scalar))) * G * layer_.H;
+  // What the tile fetches while it works on terms [k0, k1) of a panel of W_hh: the terms that follow, or the first ones
+  // of the next panel; of those the share of the i-th tile.
+  const Scalar* ahead(int64_t panel, int64_t next, int64_t k0, int64_t k1, int64_t k_size, int64_t i) const {
+    const int64_t share = i * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar));
+    if (k1 < k_size) {
+      return in(task_.w_hh) + states_.first(panel) * L * k_size + k1 * states_.width(panel) * L + share;
+    }
+    return in(task_.w_hh) + states_.first(next) * L * k_size + share;
   }
 
-  // sums = d_h[t] * W_hr for m rows and one panel of units.
-  void unproject(int64_t t, int64_t row, int m, int64_t panel, Scalar* sums) {
+  // The saved arrays that differentiate() reads for these rows and units.
+  void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = rows_.index(t, row);
+      if (Cell::kSaved > 0) fetch(in(forward_.gates) + (n * c_row_ + unit) * Cell::kSaved, units * Cell::kSaved);
+      if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
+      if (task_.layer->d_y) fetch(in(task_.layer->d_y) + n * y_row_ + task_.direction * r_ + unit, units);
+    }
+  }
+
+  // sums (+)= terms [k0, k1) of d_h[t] * W_hr for m rows and one panel of units.
+  void unproject(int64_t t, int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums) {
     const int nv = static_cast<int>(units_.width(panel));
     TileArgs<Scalar> args{};
-    args.k = layer_.P;
-    args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P;
+    args.k = k1 - k0;
+    args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P + k0;
     args.a_row = layer_.P * rows_.stride();
     args.a_step = 1;
-    args.w = in(task_.w_hr) + units_.first(panel) * L * layer_.P;
+    args.w = in(task_.w_hr) + units_.first(panel) * L * layer_.P + k0 * nv * L;
+    args.init = k0 ? sums : nullptr;
     args.out = sums;
-    args.out_row = nv * L;
+    args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
   }
 
@@ -175,7 +201,7 @@ class BackwardSweep {
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t i = 0; i < tiles.tiles; ++i) {
         const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
-        recur(first, static_cast<int>(end - first), p, active, buffer_);
+        recur(first, static_cast<int>(end - first), p, 0, active ? G * layer_.H : 0, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;
@@ -302,7 +328,7 @@ class BackwardSweep {
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t i = 0; i < tiles.tiles; ++i) {
         const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
-        recur(first, static_cast<int>(end - first), p, true, buffer_);
+        recur(first, static_cast<int>(end - first), p, 0, G * layer_.H, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;

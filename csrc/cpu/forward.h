@@ -191,6 +191,9 @@ class ForwardSweep {
           args.a = h + end * h_row_;
           args.ahead = i < nv && j + 1 < groups ? panel_line(task_.w_hh, which ? p - 1 : p + 1, r_, i) : nullptr;
           args.out = buffer_ + (end - begin) * args.out_row;
+          for (int64_t row = end; row < next; ++row) {
+            fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);
+          }
           Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
         }
         activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);

@@ -95,6 +95,9 @@ class Gradients {
       const int m = static_cast<int>(row + tiles.first(i + 1) - first);
       Scalar* d_x = out(task_.layer->d_x) + first * I + column;
       args.a = in(task_.d_gates[d]) + first * d_row_ + Cell::kInput * layer_.H + k0;
+      if (whole && !start) {
+        for (int j = 0; j < m; ++j) fetch(d_x + j * I, nv * L);
+      }
       args.ahead = next && i < nv ? next + i * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar)) : nullptr;
       args.out = whole ? d_x : buffer_;
       args.init = start ? nullptr : args.out;
@@ -205,6 +208,12 @@ class Gradients {
         Scalar* d_w = operand.d_w + (w_row + row) * panels.n + column;
         args.out = whole ? d_w : buffer_;
         args.init = start ? nullptr : args.out;
+        args.ahead = p + 1 < panels.count && row < nv * kTileRows ? operand.packed + panels.first(p + 1) * L * rows +
+                                                                        row / kTileRows * rows * (64 / sizeof(Scalar))
+                                                                  : nullptr;
+        if (whole) {
+          for (int j = 0; j < m; ++j) fetch(d_w + j * panels.n, nv * L);
+        }
         if (!whole && !start) {
           for (int j = 0; j < m; ++j) load_row<V>(d_w + j * panels.n, left, 0, nv * L, buffer_ + j * nv * L);
         }

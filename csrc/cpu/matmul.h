@@ -107,6 +107,12 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   }
 }
 
+// Asks for the cache lines of `n` elements from p on: what the code after a tile reads, while the tile runs.
+template <class Scalar>
+inline __attribute__((always_inline)) void fetch(const Scalar* p, int64_t n) {
+  for (int64_t j = 0; j < n; j += static_cast<int64_t>(64 / sizeof(Scalar))) __builtin_prefetch(p + j, 0, 3);
+}
+
 // The instances: as many rows as the registers hold beside the operands; two panels at once while rows are few.
 template <class V>
 struct Tiles {
