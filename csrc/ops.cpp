@@ -2,7 +2,8 @@
 // The six operators: their schemas, and the two doors to the same functions: torch.ops.fastrnn.* (the dispatcher) and
 // fastrnn._C.* (pybind11: no dispatcher, no autograd). Derivatives and fake kernels are registered in
 // fastrnn/autograd.py. fastrnn._C also tells how it was built and which instruction set runs.
-#include <torch/extension.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -303,6 +304,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", &fastrnn::compiler, "Name and version of the compiler that built this module.");
 
   using no_gil = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "activation",
+      [](const std::string& name, const at::Tensor& x) {
+        TORCH_CHECK_VALUE(name == "sigmoid" || name == "tanh", "fastrnn.activation: sigmoid or tanh, got ", name);
+        TORCH_CHECK(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
+                    "fastrnn.activation: x must be float32 or float64 on the CPU");
+        const at::Tensor from = x.contiguous();
+        at::Tensor to = from.clone();
+        const bool sigmoid = name == "sigmoid";
+        fastrnn::cpu::activate(sigmoid ? fastrnn::cpu::Activation::sigmoid : fastrnn::cpu::Activation::tanh,
+                               x.scalar_type() == at::kDouble, from.const_data_ptr(), to.data_ptr(), from.numel());
+        return to;
+      },
+      "sigmoid or tanh as the cells compute it, on the chosen instruction set; for the tests of its accuracy");
   m.def(
       "fma_peak",
       [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::isa_name(), double_precision); },

@@ -43,7 +43,7 @@ def lstm(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x.
+        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000 and the projection of Sak et al.
         2014; equations of torch.nn.LSTM.
     """
@@ -55,8 +55,10 @@ def lstm(
     else:
         raise TypeError(f"fastrnn.lstm: state must be a pair (h, c), got {_kind(state)}")
     states = _check("lstm", 4, x, states, ("h", "c"), directions, batch_sizes)
-    if autograd.route((x, *states, *directions[0], *directions[1])) == "torch":
-        _check_uniform("lstm", x, states, ("h", "c"), directions)
+    rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung != "kernel":
+        _check_more("lstm", x, states, ("h", "c"), directions, batch_sizes)
+    if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
         y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes)
@@ -86,13 +88,15 @@ def gru(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x.
+        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
     Source: Cho et al. 2014, in the variant of torch.nn.GRU, which applies r to W_hn h + b_hn.
     """
     directions = _directions("gru", weights, reverse_weights, 4)
     states = _check("gru", 3, x, () if state is None else (state,), ("state",), directions, batch_sizes)
-    if autograd.route((x, *states, *directions[0], *directions[1])) == "torch":
-        _check_uniform("gru", x, states, ("state",), directions)
+    rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung != "kernel":
+        _check_more("gru", x, states, ("state",), directions, batch_sizes)
+    if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
     return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)
 
@@ -123,7 +127,7 @@ def rnn(
         ValueError: a shape, dtype or device does not fit, or nonlinearity is neither of the two; the message names the
             argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x.
+        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
     Source: Elman 1990; equations of torch.nn.RNN.
     """
     if nonlinearity not in ("tanh", "relu"):
@@ -131,8 +135,10 @@ def rnn(
     relu = nonlinearity == "relu"
     directions = _directions("rnn", weights, reverse_weights, 4)
     states = _check("rnn", 1, x, () if state is None else (state,), ("state",), directions, batch_sizes)
-    if autograd.route((x, *states, *directions[0], *directions[1])) == "torch":
-        _check_uniform("rnn", x, states, ("state",), directions)
+    rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung != "kernel":
+        _check_more("rnn", x, states, ("state",), directions, batch_sizes)
+    if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
     return autograd.rnn_layer(x, *states, *directions[0], *directions[1], batch_sizes, relu)
 
@@ -243,15 +249,21 @@ def _misfit(
     return ValueError(f"fastrnn.{function}: {name} must be {letters}{expected}, got {list(tensor.shape)}")
 
 
-def _check_uniform(
+def _check_more(
     function: str,
     x: Tensor,
     states: Sequence[Tensor],
     state_names: Sequence[str],
     directions: tuple[Weights, Weights],
+    batch_sizes: Tensor | None,
 ) -> None:
-    """Checks that every tensor has x's dtype and device. The kernels' route has made sure; torch's functions do not
-    all look. Under autocast dtypes may differ."""
+    """Checks what route() and the operator have checked for the kernel, and torch's functions and the reference do not
+    all look at: every tensor has x's dtype (or autocast is on) and device, and batch_sizes fit."""
+    if batch_sizes is not None:
+        sizes, B = batch_sizes.tolist(), states[0].shape[1]
+        if sizes[0] != B or sum(sizes) != x.shape[0] or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+            rule = f"non-increasing from B = {B}, at least 1, with the sum N = {x.shape[0]}"
+            raise ValueError(f"fastrnn.{function}: batch_sizes must be {rule}, got {sizes}")
     named = [*zip(state_names, states, strict=True)]
     for row, suffix in zip(directions, ("", "_reverse"), strict=True):
         named += [(name + suffix, weight) for name, weight in zip(_WEIGHT_NAMES, row, strict=False)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What programs rely on in torch.nn's modules beside the numbers: construction, attributes, saving, seeds, weights that
-are replaced, and what autograd, autocast, torch.func and tracing do with a module."""
+"""What programs rely on in torch.nn's modules beside the numbers: construction, attributes, initial values, saving,
+copies, and dropout from a seed."""
 
 from __future__ import annotations
 
@@ -8,44 +8,27 @@ import copy
 import inspect
 import io
 import pickle
-import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune, skip_init
-from torch.nn.utils.rnn import pack_sequence
-from twins import CELLS, CLASSES, like, random_state, tensors_of, training_step, twins
+from torch.nn.utils import skip_init
+from twins import (
+    CELLS,
+    LAYERS,
+    NAMES,
+    STEPS,
+    an_input,
+    both,
+    first,
+    tensors_of,
+    twins,
+)
 
 import fastrnn
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
-LAYERS = ("LSTM", "GRU", "RNN")
-STEPS = ("LSTMCell", "GRUCell", "RNNCell")
-NAMES = LAYERS + STEPS
-
-
-def both(name: str, *sizes: int, **options: object) -> tuple[nn.Module, nn.Module]:
-    """(ours, torch's) from the same seed."""
-    made = []
-    for library in (fastrnn, nn):
-        torch.manual_seed(7)
-        made.append(getattr(library, name)(*sizes, **options))
-    return made[0], made[1]
-
-
-def an_input(name: str, features: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(*((2,) if name in STEPS else (4, 2)), features, generator=generator)
-
-
-def first(output: object) -> torch.Tensor:
-    return tensors_of(output)[0]
-
-
-# --- construction ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,8 +116,6 @@ def test_skip_init_works(name):
     assert repr(module) == repr(getattr(nn, name)(3, 5))
     assert all(parameter.device.type == "cpu" for parameter in module.parameters())
 
-
-# --- attributes, parameters, saving ---------------------------------------------------------------------------------
 
 OPTIONS = {
     "LSTM": [
@@ -283,9 +264,6 @@ def test_states_may_be_a_list_or_one_tensor_twice(name):
     assert name == "LSTMCell" or type(ours(x, [h, h])[1]) is tuple
 
 
-# --- dropout --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True}, {"num_layers": 3}], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_dropout_has_torchs_bits(cell, options):
@@ -312,354 +290,3 @@ def test_dropout_may_be_changed_and_is_off_in_eval(cell):
             results.append([*tensors_of(module(x)), torch.rand(1)])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
         assert torch.equal(results[0][-1], results[1][-1])
-
-
-# --- weights that are replaced --------------------------------------------------------------------------------------
-
-
-def weight_norm_hook(module, name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(module, name)
-
-
-def random_mask(module, name):
-    mask = torch.randint(0, 2, getattr(module, name).shape, generator=torch.Generator().manual_seed(1))
-    prune.custom_from_mask(module, name, mask)
-
-
-def double_it(module, name):
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    parametrize.register_parametrization(module, name, Double())
-
-
-def weight_drop(module, name):
-    raw = nn.Parameter(getattr(module, name).detach().clone())
-    delattr(module, name)
-    module.register_parameter(name + "_raw", raw)
-    setattr(module, name, raw * 0.5)
-
-
-def shadow(module, name):
-    module.__dict__[name] = getattr(module, name) * 3
-
-
-def swap_entry(module, name):
-    module._parameters[name] = nn.Parameter(getattr(module, name).detach() * 3)
-
-
-def assign(module, name):
-    setattr(module, name, nn.Parameter(getattr(module, name).detach() * 3))
-
-
-def change_data(module, name):
-    getattr(module, name).data.copy_(getattr(module, name).detach() * 3)
-
-
-REPLACEMENTS = [
-    weight_norm_hook,
-    parametrizations.weight_norm,
-    parametrizations.orthogonal,
-    random_mask,
-    double_it,
-    weight_drop,
-    shadow,
-    swap_entry,
-    assign,
-    change_data,
-]
-
-
-@pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda replace: replace.__name__)
-@pytest.mark.parametrize("name", NAMES)
-def test_replaced_weight_is_seen_at_the_next_call(name, replace):
-    pair = both(name, 3, 5)
-    x = an_input(name)
-    before = first(pair[0](x)).detach()
-    results = []
-    for module in pair:
-        torch.manual_seed(3)  # orthogonal draws
-        replace(module, "weight_hh" if name in STEPS else "weight_hh_l0")
-        replace(module, "weight_ih" if name in STEPS else "weight_ih_l0")
-        output = module(x)
-        sum(tensor.square().sum() for tensor in tensors_of(output)).backward()
-        results.append([*tensors_of(output), *(p.grad for p in module.parameters() if p.grad is not None)])
-    assert len(results[0]) > 3 or replace is weight_drop
-    torch.testing.assert_close(*results)
-    if replace not in (weight_norm_hook, parametrizations.weight_norm):
-        assert not torch.allclose(before, first(results[0]), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_spectral_norm_works(name):
-    ours, plain = both(name, 3, 5)[0], both(name, 3, 5)[0]
-    weight = "weight_hh" if name in STEPS else "weight_hh_l0"
-    parametrizations.spectral_norm(ours, weight, n_power_iterations=30)
-    ours.eval()  # in training every look at the weight changes it
-    normed = getattr(ours, weight)
-    assert torch.linalg.matrix_norm(normed, 2) < 1.01
-    getattr(plain, weight).data.copy_(normed)
-    assert torch.equal(first(ours(an_input(name))), first(plain(an_input(name))))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_functional_call_uses_the_given_weights(name):
-    pair = both(name, 3, 5)
-    generator = torch.Generator().manual_seed(4)
-    other = {n: torch.randn(p.shape, generator=generator) for n, p in pair[0].named_parameters()}
-    x, results = an_input(name), []
-    for module in pair:
-        own = first(module(x)).detach()
-        leaves = {n: tensor.clone().requires_grad_() for n, tensor in other.items()}
-        output = torch.func.functional_call(module, leaves, (x,))
-        sum(tensor.sum() for tensor in tensors_of(output)).backward()
-        results.append([*tensors_of(output), *(leaf.grad for leaf in leaves.values())])
-        assert torch.equal(first(module(x)), own)
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_tied_weights_collect_their_gradients(cell):
-    results = []
-    for module in twins(cell, 9, 9, 2):
-        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-            setattr(module, f"{kind}_l1", getattr(module, f"{kind}_l0"))
-        results.append(training_step(module, torch.randn(4, 2, 9, generator=torch.Generator().manual_seed(3))))
-        assert len(list(module.parameters())) == 4
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_tied_directions_collect_their_gradients(cell):
-    results = []
-    for module in twins(cell, 3, 9, bidirectional=True):
-        module.weight_hh_l0_reverse = module.weight_hh_l0
-        module.weight_ih_l0_reverse = module.weight_ih_l0
-        results.append(training_step(module, torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(3))))
-    torch.testing.assert_close(*results)
-
-
-# --- autograd -------------------------------------------------------------------------------------------------------
-
-
-def scalar(outputs: list[torch.Tensor]) -> torch.Tensor:
-    return sum((k + 1) * tensor.square().sum() for k, tensor in enumerate(outputs))
-
-
-@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradients_with_some_outputs_used(cell, used):
-    results = []
-    for module in twins(cell, 3, 9, bidirectional=True):
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(4, 2, 3, generator=generator).requires_grad_()
-        hx = like(random_state(cell, 2, 2, H=9), lambda t: t.requires_grad_())
-        outputs = tensors_of(module(x, hx))
-        if max(used) >= len(outputs):
-            pytest.skip("no cell state")
-        scalar([outputs[k] for k in used]).backward()
-        results.append([x.grad, *(h.grad for h in tensors_of(hx)), *(p.grad for p in module.parameters())])
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("wanted", ["x", "h0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0_reverse"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradient_of_one_tensor_alone(cell, wanted):
-    results = []
-    for module in twins(cell, 3, 9, bidirectional=True):
-        module.requires_grad_(False)
-        x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(3))
-        hx = random_state(cell, 2, 2, H=9)
-        leaf = {"x": x, "h0": tensors_of(hx)[0]}.get(wanted)
-        leaf = module.get_parameter(wanted) if leaf is None else leaf
-        leaf.requires_grad_()
-        scalar(tensors_of(module(x, hx))).backward()
-        results.append(leaf.grad)
-        others = [p for p in module.parameters() if p is not leaf]
-        assert all(p.grad is None for p in others)
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_requires_grad_where_nothing_was_asked(name):
-    ours, _ = both(name, 3, 5)
-    x = an_input(name)
-    assert first(ours(x)).requires_grad
-    with torch.no_grad():
-        assert not first(ours(x)).requires_grad
-    with torch.inference_mode():
-        assert first(ours(x)).is_inference()
-    ours.requires_grad_(False)
-    assert not first(ours(x)).requires_grad
-    assert first(ours(x.requires_grad_())).requires_grad
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_change_of_a_saved_tensor_is_noticed(cell):
-    ours, _ = twins(cell, 3, 9)
-    with torch.no_grad():
-        for change in ("x", "weight_hh_l0", "h0"):
-            x, hx = torch.randn(4, 2, 3), random_state(cell, 1, 2, H=9)
-            with torch.enable_grad():
-                y, _ = ours(x, hx)
-            {"x": x, "h0": tensors_of(hx)[0], "weight_hh_l0": ours.weight_hh_l0}[change].add_(1)
-            with torch.enable_grad(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                y.sum().backward()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_backward_twice_needs_retain_graph(name):
-    ours, _ = both(name, 3, 5)
-    loss = first(ours(an_input(name))).sum()
-    loss.backward(retain_graph=True)
-    once = [p.grad.clone() for p in ours.parameters()]
-    loss.backward()
-    for gradient, parameter in zip(once, ours.parameters(), strict=True):
-        assert torch.equal(2 * gradient, parameter.grad)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
-@pytest.mark.parametrize("name", NAMES)
-def test_second_derivatives_are_right(name, options):
-    if name in STEPS and options:
-        pytest.skip("a cell has no layers")
-    sizes = (2, 3)
-    torch.manual_seed(0)
-    ours = getattr(fastrnn, name)(*sizes, dtype=torch.float64, **options)
-    lead = (2,) if name in STEPS else (3, 2)
-    x = torch.randn(*lead, 2, dtype=torch.float64, requires_grad=True)
-    rows = 4 if options else 1
-    h = torch.randn(*((2,) if name in STEPS else (rows, 2)), 3, dtype=torch.float64, requires_grad=True)
-    hx = (lambda h: (h, 0.5 * h)) if "LSTM" in name else (lambda h: h)
-    weights = dict(ours.named_parameters())
-
-    def run(x, h, *values):
-        return tuple(tensors_of(torch.func.functional_call(ours, dict(zip(weights, values, strict=True)), (x, hx(h)))))
-
-    arguments = (x, h, *weights.values())
-    assert torch.autograd.gradcheck(run, arguments, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, arguments, fast_mode=True)
-
-
-def test_gradient_penalty_equals_torch_nn():
-    for cell in CELLS:
-        results = []
-        for module in twins(cell, 3, 9, 2):
-            x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
-            y, _ = module(x)
-            (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-            gradient.square().sum().backward()
-            results.append([p.grad for p in module.parameters()])
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
-
-
-# --- where the kernels do not go ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_is_torchs(name):
-    ours, theirs = both(name, 3, 5)
-    x = an_input(name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for argument in (x, x.bfloat16()):
-            found, expected = ours(argument), theirs(argument)
-            for a, b in zip(tensors_of(found), tensors_of(expected), strict=True):
-                assert a.dtype is b.dtype
-                assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_meta_device_and_fake_tensors_work(name):
-    from torch._subclasses import FakeTensorMode
-
-    ours = getattr(fastrnn, name)(3, 5, device="meta")
-    assert first(ours(an_input(name).to("meta"))).device.type == "meta"
-    with FakeTensorMode():
-        fake = getattr(fastrnn, name)(3, 5)
-        first(fake(torch.empty(an_input(name).shape))).sum().backward()
-    ours.to_empty(device="cpu")
-    torch.manual_seed(7)
-    ours.reset_parameters()
-    assert torch.equal(first(ours(an_input(name))), first(both(name, 3, 5)[0](an_input(name))))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_complex_numbers_work_as_in_torch(name):
-    ours, theirs = both(name, 3, 5, dtype=torch.complex64)
-    x = an_input(name).to(torch.complex64)
-    assert torch.equal(first(ours(x)), first(theirs(x)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_subclass_of_tensor_keeps_its_class(name):
-    class Marked(torch.Tensor):
-        pass
-
-    ours, theirs = both(name, 3, 5)
-    x = an_input(name).as_subclass(Marked)
-    assert type(first(ours(x))) is type(first(theirs(x)))
-    torch.testing.assert_close(first(ours(x)), first(theirs(x)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_jit_trace_works(name):
-    ours, _ = both(name, 3, 5)
-    x = an_input(name)
-    traced = torch.jit.trace(ours, (x,))
-    torch.testing.assert_close(first(traced(2 * x)), first(ours(2 * x)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_torch_func_works(name):
-    ours, _ = both(name, 3, 5)
-    ours.double()
-    x = an_input(name).double()
-    weights = dict(ours.named_parameters())
-
-    def loss(values, x):
-        return first(torch.func.functional_call(ours, values, (x,))).square().sum()
-
-    tangent = torch.ones_like(x)
-    _, forward_mode = torch.func.jvp(lambda x: loss(weights, x), (x,), (tangent,))
-    reverse_mode = (torch.func.grad(loss, argnums=1)(weights, x) * tangent).sum()
-    torch.testing.assert_close(forward_mode, reverse_mode)
-    batch_dim = 0 if name in STEPS else 1
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, batch_dim))(weights, x)
-    whole = torch.func.grad(loss)(weights, x)
-    for parameter, gradient in whole.items():
-        torch.testing.assert_close(per_sample[parameter].sum(0), gradient)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_checkpoint_gives_the_same_gradients(name):
-    from torch.utils.checkpoint import checkpoint
-
-    ours, _ = both(name, 3, 5)
-    gradients = []
-    for run in (ours, lambda x: checkpoint(ours, x, use_reentrant=False)):
-        x = an_input(name).requires_grad_()
-        first(run(x)).sum().backward()
-        gradients.append([x.grad, *(p.grad for p in ours.parameters())])
-        ours.zero_grad()
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_missing_extension_leaves_torchs_numbers(name, monkeypatch):
-    monkeypatch.setattr(fastrnn.autograd, "_C", None)
-    ours, theirs = both(name, 3, 5, num_layers=2, bidirectional=True)
-    for x in (an_input(name), pack_sequence([torch.ones(3, 3), torch.ones(1, 3)])):
-        for a, b in zip(tensors_of(ours(x)), tensors_of(theirs(x)), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_classes_cover_the_cells():
-    assert set(CLASSES.values()) == set(LAYERS)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastrnn import autograd, functional
 
+# torch's own, for projections where the extension is not loaded
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
 SHAPES = {
     "plain": dict(T=5, B=3, I=4, H=9),
     "bidirectional": dict(T=3, B=2, I=3, H=5, D=2),
@@ -181,8 +184,13 @@ def test_gru_and_rnn_say_so_too() -> None:
         call(rnn, nonlinearity="gelu")
 
 
-@pytest.mark.parametrize("batch_sizes", [[1, 2], [3, 0], [2, 1], [3, 3], [-1, 5]], ids=str)
-def test_batch_sizes_that_do_not_fit_are_refused(batch_sizes: list[int]) -> None:
+@pytest.mark.parametrize("rung", ["kernel", "reference", "torch"])
+@pytest.mark.parametrize("batch_sizes", [[1, 2], [3, 0], [2, 1], [3, 3], [-1, 5], [3, 1, 1, 0]], ids=str)
+def test_batch_sizes_that_do_not_fit_are_refused(
+    batch_sizes: list[int], rung: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = sample("gru", lengths=(2, 2, 1))  # batch_sizes [3, 2]
-    with pytest.raises((ValueError, RuntimeError)):
+    if rung != "kernel":
+        monkeypatch.setattr(autograd, "route", lambda tensors: rung)
+    with pytest.raises((ValueError, RuntimeError), match="batch_sizes"):
         call(layer, batch_sizes=torch.tensor(batch_sizes))

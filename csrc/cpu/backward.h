@@ -17,7 +17,7 @@ template <class Cell, class V>
 class BackwardSweep {
   using Scalar = typename V::Scalar;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr int64_t kPass = 4 * kChain;
+  static constexpr int64_t kPass = 1024;
   static constexpr int kBufferRows = 64, kAtOnce = V::kRegisters >= 32 ? 2 : 1;  // as forward
 
  public:
@@ -108,6 +108,7 @@ class BackwardSweep {
     const int nv = static_cast<int>(states_.width(panel));
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
+    args.chain = kChain;
     args.a = in(task_.d_gates);
     if (k1 > k0) args.a += rows_.index(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H + k0;
     args.a_row = d_row_ * rows_.stride();
@@ -184,6 +185,7 @@ class BackwardSweep {
     const int nv = static_cast<int>(units_.width(panel));
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
+    args.chain = kChain;
     args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P + k0;
     args.a_row = layer_.P * rows_.stride();
     args.a_step = 1;

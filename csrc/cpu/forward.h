@@ -116,6 +116,7 @@ class ForwardSweep {
 
     TileArgs<Scalar> args{};
     args.k = layer_.I;
+    args.chain = kChain;
     args.a_step = 1;
     const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
     if (!a) {
@@ -168,6 +169,7 @@ class ForwardSweep {
     const Scalar* h = in(task_.h[which]);
     TileArgs<Scalar> args{};
     args.k = r_;
+    args.chain = kChain;
     args.a_row = h_row_;
     args.a_step = 1;
     args.init_row = 0;
@@ -282,6 +284,7 @@ class ForwardSweep {
     const Panels panels(layer_.P, L, 4);
     TileArgs<Scalar> args{};
     args.k = layer_.H;
+    args.chain = kChain;
     args.a_row = c_row_;
     args.a_step = 1;
     args.init = nullptr;

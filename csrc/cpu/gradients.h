@@ -20,7 +20,7 @@ class Gradients {
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
-  static constexpr int64_t kPass = 4 * kChain;        // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = 1024;        // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
 
  public:
@@ -84,6 +84,7 @@ class Gradients {
     const bool whole = column + nv * L <= I, start = d == 0 && k0 == 0;
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
+    args.chain = kShortChain;
     args.a_row = d_row_;
     args.a_step = 1;
     args.w = in(task_.w_ih[d]) + column * G * layer_.H + k0 * nv * L;
@@ -193,6 +194,7 @@ class Gradients {
     const Panels& panels = operand.panels;
     TileArgs<Scalar> args{};
     args.k = rows;
+    args.chain = kChain;
     args.a_row = 1;
     args.a_step = kTileRows;
     for (int64_t p = 0; p < panels.count; ++p) {

@@ -76,6 +76,10 @@ size_t backward_scratch_bytes(const LayerBackward& layer, int threads);
 void run_forward(const LayerForward& layer, int threads, void* scratch);
 void run_backward(const LayerBackward& layer, int threads, void* scratch);
 
+// sigmoid or tanh of n values by the code that the cells use, for the tests of its accuracy.
+enum class Activation : int { sigmoid, tanh };
+void activate(Activation which, bool is_double, const void* x, void* y, int64_t n);
+
 // The instruction sets compiled in and supported by this machine, best last. Names: scalar avx2 avx512.
 // select_isa returns false for a name that is unknown or unsupported. FASTRNN_ISA is read at the first use.
 const char* isa_name();

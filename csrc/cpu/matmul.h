@@ -3,11 +3,11 @@
 //
 // out[m][v] = init[m][v] + sum over k of a[m][k] * w[k][v]      m < M rows, v < NP*NV vectors of V::kLanes
 //
-// The sum runs in ascending k, in chains of kChain fused multiply-adds that start from zero and are added to the result
+// The sum runs in ascending k, in chains of `chain` fused multiply-adds that start from zero and are added to the result
 // one after the other, whatever M, NV and NP are: bits do not depend on the tile. One chain over all of k would have
-// five times the error of a blocked matrix product at k = 4096; a chain more costs 2 % of the products in it. All
-// indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would live in
-// memory and cost up to three times (tools/check_spills.py looks at the disassembly).
+// five times the error of a blocked matrix product at k = 4096; chains of 128 cost 2 % more than chains of 256.
+// All indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would
+// live in memory and cost up to three times (tools/check_spills.py looks at the disassembly).
 #pragma once
 #include <stdint.h>
 
@@ -33,6 +33,7 @@ inline __attribute__((always_inline)) void unroll(const F& f) {
 template <class Scalar>
 struct TileArgs {
   int64_t k;        // length of the reduction, may be 0
+  int64_t chain;    // of it, terms in one chain
   const Scalar* a;  // a[m][k] at a[m*a_row + k*a_step]
   int64_t a_row, a_step;
   const Scalar* w;  // packed panel [k][NV][lanes]; the next of NP panels w_panel elements later
@@ -44,7 +45,8 @@ struct TileArgs {
   int64_t out_row;
 };
 
-constexpr int64_t kChain = 256;
+// Terms of one chain: of the sweeps and the weight gradients, and of d_x, whose sums over gates and units are longest.
+constexpr int64_t kChain = 256, kShortChain = 128;
 
 template <class V, int M, int NV, int NP>
 __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
@@ -61,7 +63,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   for (int64_t left = t.k;;) {
     V acc[M * N];
     unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
-    for (int64_t k = left < kChain ? left : kChain; k > 0; --k) {
+    for (int64_t k = left < t.chain ? left : t.chain; k > 0; --k) {
       // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2.
       if constexpr (N <= M) {
         V b[N];
@@ -100,7 +102,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
         sum.store(out + m.value * out_row + v.value * L);
       });
     });
-    left -= kChain;
+    left -= t.chain;
     if (left <= 0) return;
     from = out;
     from_row = out_row;

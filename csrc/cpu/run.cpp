@@ -342,6 +342,10 @@ void run_forward(const LayerForward& layer, int threads, void* scratch) {
   forward_with(layer, plan(layer, kernels_for(layer), threads), scratch);
 }
 
+void activate(Activation which, bool is_double, const void* x, void* y, int64_t n) {
+  (is_double ? chosen_isa().of_double : chosen_isa().of_float)->activation(which, x, y, n);
+}
+
 void run_backward(const LayerBackward& layer, int threads, void* scratch) {
   backward_with(layer, plan(layer.forward, kernels_for(layer.forward), threads), scratch);
 }

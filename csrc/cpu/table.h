@@ -14,13 +14,13 @@ namespace fastrnn {
 namespace cpu {
 
 template <class V>
-void activation(int which, const void* x, void* y, int64_t n) {
+void activation(Activation which, const void* x, void* y, int64_t n) {
   const typename V::Scalar* from = static_cast<const typename V::Scalar*>(x);
   typename V::Scalar* to = static_cast<typename V::Scalar*>(y);
   for (int64_t j = 0; j < n; j += V::kLanes) {
     const int lanes = n - j < V::kLanes ? static_cast<int>(n - j) : V::kLanes;
     const V a = load_lanes<V>(from + j, lanes);
-    store_lanes(which == 0 ? V::sigmoid(a) : V::tanh(a), to + j, lanes);
+    store_lanes(which == Activation::sigmoid ? V::sigmoid(a) : V::tanh(a), to + j, lanes);
   }
 }
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Modules under autograd: some outputs, some gradients, changes in place, second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from twins import (
+    CELLS,
+    NAMES,
+    STEPS,
+    an_input,
+    both,
+    first,
+    like,
+    random_state,
+    tensors_of,
+    twins,
+)
+
+import fastrnn
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
+
+def scalar(outputs: list[torch.Tensor]) -> torch.Tensor:
+    return sum((k + 1) * tensor.square().sum() for k, tensor in enumerate(outputs))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_with_some_outputs_used(cell, used):
+    results = []
+    for module in twins(cell, 3, 9, bidirectional=True):
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(4, 2, 3, generator=generator).requires_grad_()
+        hx = like(random_state(cell, 2, 2, H=9), lambda t: t.requires_grad_())
+        outputs = tensors_of(module(x, hx))
+        if max(used) >= len(outputs):
+            pytest.skip("no cell state")
+        scalar([outputs[k] for k in used]).backward()
+        results.append([x.grad, *(h.grad for h in tensors_of(hx)), *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("wanted", ["x", "h0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0_reverse"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_one_tensor_alone(cell, wanted):
+    results = []
+    for module in twins(cell, 3, 9, bidirectional=True):
+        module.requires_grad_(False)
+        x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(3))
+        hx = random_state(cell, 2, 2, H=9)
+        leaf = {"x": x, "h0": tensors_of(hx)[0]}.get(wanted)
+        leaf = module.get_parameter(wanted) if leaf is None else leaf
+        leaf.requires_grad_()
+        scalar(tensors_of(module(x, hx))).backward()
+        results.append(leaf.grad)
+        others = [p for p in module.parameters() if p is not leaf]
+        assert all(p.grad is None for p in others)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_requires_grad_where_nothing_was_asked(name):
+    ours, _ = both(name, 3, 5)
+    x = an_input(name)
+    assert first(ours(x)).requires_grad
+    with torch.no_grad():
+        assert not first(ours(x)).requires_grad
+    with torch.inference_mode():
+        assert first(ours(x)).is_inference()
+    ours.requires_grad_(False)
+    assert not first(ours(x)).requires_grad
+    assert first(ours(x.requires_grad_())).requires_grad
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_change_of_a_saved_tensor_is_noticed(cell):
+    ours, _ = twins(cell, 3, 9)
+    with torch.no_grad():
+        for change in ("x", "weight_hh_l0", "h0"):
+            x, hx = torch.randn(4, 2, 3), random_state(cell, 1, 2, H=9)
+            with torch.enable_grad():
+                y, _ = ours(x, hx)
+            {"x": x, "h0": tensors_of(hx)[0], "weight_hh_l0": ours.weight_hh_l0}[change].add_(1)
+            with torch.enable_grad(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_change_of_an_output_is_noticed_or_harmless(cell, which):
+    """y is saved for the derivative: as with torch's float32 LSTM on the CPU, its change in place is an error."""
+    ours, _ = twins(cell, 3, 9)
+    x = torch.randn(4, 2, 3)
+    if which >= len(tensors_of(ours(x))):
+        pytest.skip("no cell state")
+    gradients = []
+    for change in (lambda t: t * 2, lambda t: t.mul_(2)):
+        leaf = x.clone().requires_grad_()
+        outputs = tensors_of(ours(leaf))
+        changed = change(outputs[which])
+        if which == 0 and changed is outputs[0]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                changed.sum().backward()
+            return
+        changed.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_twice_needs_retain_graph(name):
+    ours, _ = both(name, 3, 5)
+    loss = first(ours(an_input(name))).sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in ours.parameters()]
+    loss.backward()
+    for gradient, parameter in zip(once, ours.parameters(), strict=True):
+        assert torch.equal(2 * gradient, parameter.grad)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_are_right(name, options):
+    if name in STEPS and options:
+        pytest.skip("a cell has no layers")
+    sizes = (2, 3)
+    torch.manual_seed(0)
+    ours = getattr(fastrnn, name)(*sizes, dtype=torch.float64, **options)
+    lead = (2,) if name in STEPS else (3, 2)
+    x = torch.randn(*lead, 2, dtype=torch.float64, requires_grad=True)
+    rows = 4 if options else 1
+    h = torch.randn(*((2,) if name in STEPS else (rows, 2)), 3, dtype=torch.float64, requires_grad=True)
+    hx = (lambda h: (h, 0.5 * h)) if "LSTM" in name else (lambda h: h)
+    weights = dict(ours.named_parameters())
+
+    def run(x, h, *values):
+        return tuple(tensors_of(torch.func.functional_call(ours, dict(zip(weights, values, strict=True)), (x, hx(h)))))
+
+    arguments = (x, h, *weights.values())
+    assert torch.autograd.gradcheck(run, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, arguments, fast_mode=True)
+
+
+def test_gradient_penalty_equals_torch_nn():
+    for cell in CELLS:
+        results = []
+        for module in twins(cell, 3, 9, 2):
+            x = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            y, _ = module(x)
+            (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            gradient.square().sum().backward()
+            results.append([p.grad for p in module.parameters()])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
