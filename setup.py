@@ -115,7 +115,9 @@ class NinjaBuild(build_ext):
             raise CompileError("a C++ file of fastrnn does not compile; the compiler's message stands above")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(directory / "_C.so", output)
+        # Replaced, not written over: a program that has the old one loaded keeps it.
+        shutil.copy2(directory / "_C.so", output.with_suffix(".new"))
+        os.replace(output.with_suffix(".new"), output)
 
     def run(self) -> None:
         print(cuda_decision())

@@ -305,6 +305,15 @@ PYBIND11_MODULE(_C, m) {
 
   using no_gil = py::call_guard<py::gil_scoped_release>;
   m.def(
+      "force_split",
+      [](const std::string& split) {
+        TORCH_CHECK_VALUE(split == "chosen" || split == "rows" || split == "units",
+                          "fastrnn.force_split: chosen, rows or units, got ", split);
+        using fastrnn::cpu::Split;
+        fastrnn::cpu::force_split(split == "rows" ? Split::rows : split == "units" ? Split::units : Split::chosen);
+      },
+      "How threads share a layer: chosen by its size, or forced, for the tests.");
+  m.def(
       "activation",
       [](const std::string& name, const at::Tensor& x) {
         TORCH_CHECK_VALUE(name == "sigmoid" || name == "tanh", "fastrnn.activation: sigmoid or tanh, got ", name);

@@ -164,6 +164,10 @@ class _Stack(nn.RNNBase):
             y, states = self._layer(x, states, layers[0], batch_sizes)
         else:
             y, states = self._stack(x, states, layers, batch_sizes, (directions, batch))
+        # The derivative reads y. A program may change the output of torch.nn in place before backward, but for that of
+        # the float32 LSTM, where torch saves it too; a copy, about 1 % of a training step, keeps ours out of its reach.
+        if y.requires_grad and (self._gates != 4 or y.dtype == torch.float64):
+            y = y.clone()
 
         if batch_sizes is not None:
             if unsorted_indices is not None:

@@ -4,13 +4,15 @@ threads, any part of a batch and any split of a sequence, within one instruction
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from twins import CELLS, like, random_state, tensors_of, training_step, twins
+
+from fastrnn import extension
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -66,6 +68,34 @@ def test_bits_do_not_depend_on_threads(cell, shape, options, dtype, threads):
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
+        results.append(training_step(module, x, hx))
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture
+def forced_split() -> Iterator[Callable[[str], None]]:
+    """Forces a split of the layer among threads, also where it does not pay."""
+    yield extension.module.force_split
+    extension.module.force_split("chosen")
+
+
+@DTYPES
+@pytest.mark.parametrize("split", ["rows", "units"])
+@pytest.mark.parametrize("lengths", [None, (5, 5, 4, 2, 2, 1, 1)], ids=["padded", "ragged"])
+@pytest.mark.parametrize("units", [8, 17, 40, 100])
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, split, dtype, threads, forced_split):
+    module, _ = twins(cell, 6, units, dtype=dtype, bidirectional=True)
+    x = torch.randn(5, 7, 6, dtype=dtype)
+    hx = random_state(cell, 2, 7, H=units, dtype=dtype)
+    if lengths:
+        x = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
+    results = []
+    for count, way in ((1, "chosen"), (2, split), (4, split), (7, split)):
+        torch.set_num_threads(count)
+        forced_split(way)
         results.append(training_step(module, x, hx))
     for other in results[1:]:
         for name, tensor in results[0].items():

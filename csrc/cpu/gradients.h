@@ -20,7 +20,7 @@ class Gradients {
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
-  static constexpr int64_t kPass = 1024;        // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
 
  public:

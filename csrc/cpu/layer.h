@@ -76,6 +76,10 @@ size_t backward_scratch_bytes(const LayerBackward& layer, int threads);
 void run_forward(const LayerForward& layer, int threads, void* scratch);
 void run_backward(const LayerBackward& layer, int threads, void* scratch);
 
+// How threads share a layer is chosen by its size; tests force either way, also where it does not pay.
+enum class Split : int { chosen, rows, units };
+void force_split(Split split);
+
 // sigmoid or tanh of n values by the code that the cells use, for the tests of its accuracy.
 enum class Activation : int { sigmoid, tanh };
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n);

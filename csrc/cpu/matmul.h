@@ -3,9 +3,9 @@
 //
 // out[m][v] = init[m][v] + sum over k of a[m][k] * w[k][v]      m < M rows, v < NP*NV vectors of V::kLanes
 //
-// The sum runs in ascending k, in chains of `chain` fused multiply-adds that start from zero and are added to the result
-// one after the other, whatever M, NV and NP are: bits do not depend on the tile. One chain over all of k would have
-// five times the error of a blocked matrix product at k = 4096; chains of 128 cost 2 % more than chains of 256.
+// The sum runs in ascending k, in chains of `chain` fused multiply-adds that start from zero and are added to the
+// result one after the other, whatever M, NV and NP are: bits do not depend on the tile. One chain over all of k would
+// have five times the error of a blocked matrix product at k = 4096; chains of 128 cost 2 % more than chains of 256.
 // All indices of the accumulators are compile-time constants; an array that the compiler cannot take apart would
 // live in memory and cost up to three times (tools/check_spills.py looks at the disassembly).
 #pragma once

@@ -70,12 +70,25 @@ struct Cost {
 
 constexpr double kBarrier = 400, kRegion = 2000;  // ns
 
+std::atomic<Split> forced{Split::chosen};
+
+// As many threads as there is work for, one at least, whether it pays or not.
+Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads, bool together, bool units) {
+  const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
+  const int64_t parts = units ? blocks : layer.B;
+  int members = threads / (together ? 2 : 1);
+  if (members > parts) members = static_cast<int>(parts);
+  return Plan{members * (together ? 2 : 1), members, together, units && members > 1};
+}
+
 Plan plan(const LayerForward& layer, const Kernels& kernels, int threads) {
   Plan serial{1, 1, false, false};
   if (threads > kMostThreads) threads = kMostThreads;
   if (threads < 2 || forked || omp_in_parallel()) return serial;
-  const Cost cost{layer, kernels};
   const bool together = layer.D == 2;
+  const Split wish = forced;
+  if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
+  const Cost cost{layer, kernels};
   const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
   double best = T * cost.step(B, 1) * static_cast<double>(layer.D);
   Plan chosen = serial;
@@ -341,6 +354,8 @@ size_t backward_scratch_bytes(const LayerBackward& layer, int threads) {
 void run_forward(const LayerForward& layer, int threads, void* scratch) {
   forward_with(layer, plan(layer, kernels_for(layer), threads), scratch);
 }
+
+void force_split(Split split) { forced = split; }
 
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n) {
   (is_double ? chosen_isa().of_double : chosen_isa().of_float)->activation(which, x, y, n);
