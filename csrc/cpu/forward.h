@@ -29,7 +29,8 @@ class ForwardSweep {
         r_(layer_.P ? layer_.P : layer_.H),
         h_row_(padded(r_)),
         c_row_(padded(layer_.H)),
-        y_row_(layer_.D * r_) {
+        y_row_(layer_.D * r_),
+        lazy_(task.team.members == 1 || task.team.split_units) {
     const int64_t member = task.team.member, members = task.team.members;
     pack_first_ = units_.count * member / members;
     pack_last_ = units_.count * (member + 1) / members;
@@ -64,16 +65,32 @@ class ForwardSweep {
   static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
 
   void pack() {
-    pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_, out(task_.w_ih));
-    pack_gates<V, G>(in(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh));
+    if (!lazy_) {
+      const int64_t first = units_.first(pack_first_) * G * L;
+      pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
+                       out(task_.w_ih) + first * layer_.I);
+      pack_gates<V, G>(in(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh) + first * r_);
+    }
     pack_bias<V, G>(in(direction_.b_ih), units_, pack_first_, pack_last_, out(task_.b_ih));
     pack_bias<V, G>(in(direction_.b_hh), units_, pack_first_, pack_last_, out(task_.b_hh));
     if (layer_.P) {
       const Panels panels(layer_.P, L, 4);
       const int64_t member = task_.team.member, members = task_.team.members;
-      pack_gates<V, 1>(in(direction_.w_hr), layer_.H, panels, panels.count * member / members,
-                       panels.count * (member + 1) / members, out(task_.w_hr));
+      const int64_t first = panels.count * member / members, last = panels.count * (member + 1) / members;
+      if (first < last) {
+        pack_gates<V, 1>(in(direction_.w_hr), layer_.H, panels, first, last,
+                         out(task_.w_hr) + panels.first(first) * L * layer_.H);
+      }
     }
+  }
+
+  // The packed panels [p, p + n) of w. A thread that alone uses a panel packs it at its first use, when it is needed
+  // in the cache anyway; if that use is the only one, every panel takes the place of the one before, and the packed
+  // weights never leave the cache.
+  const Scalar* panel(const void* w, void* packed, int64_t k, int64_t p, int64_t n, bool first, bool only) const {
+    Scalar* place = out(packed) + units_.first(lazy_ && only ? first_panel_ : p) * G * L * k;
+    if (lazy_ && first) pack_gates<V, G>(in(w), k, units_, p, p + n, place);
+    return place;
   }
 
   // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
@@ -141,13 +158,15 @@ class ForwardSweep {
       for (int64_t p = first_panel_; p < last_panel_; ++p) {
         const int nv = static_cast<int>(units_.width(p)) * G;
         const int64_t block = units_.first(p);
-        args.w = in(task_.w_ih) + block * G * L * layer_.I;
+        const bool first = s == 0 && begin == 0;
+        args.w = panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
         args.init = in(task_.b_ih) + block * G * L;
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
         for (int64_t j = 0; j < tiles.tiles; ++j) {
           const int64_t row = begin + tiles.first(j);
           args.a = a + row * args.a_row;
-          args.ahead = p + 1 < last_panel_ && j < nv ? panel_line(task_.w_ih, p + 1, layer_.I, j) : nullptr;
+          const bool fetches = p + 1 < last_panel_ && j < nv && !(lazy_ && first);
+          args.ahead = fetches ? panel_line(task_.w_ih, p + 1, layer_.I, j) : nullptr;
           args.out = out(task_.x_gates) + row * x_gates_row_ + (block * L - first_unit_) * G;
           Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
         }
@@ -155,6 +174,9 @@ class ForwardSweep {
     }
     return end;
   }
+
+  // Two steps: packing again what the cache did not keep is cheaper than writing it to memory and reading it back.
+  bool repacks() const { return layer_.T <= 2; }
 
   // Where the j-th share of k cache lines of a panel begins: the tile fetches one line for each k.
   const Scalar* panel_line(const void* packed, int64_t panel, int64_t k, int64_t j) const {
@@ -180,7 +202,7 @@ class ForwardSweep {
       const int np = p + pair <= last_panel_ ? pair : 1;
       const int nv = static_cast<int>(units_.width(p)) * G;
       const int64_t block = units_.first(p);
-      args.w = in(task_.w_hh) + block * G * L * r_;
+      args.w = panel(direction_.w_hh, task_.w_hh, r_, p, np, s == 0 || repacks(), repacks());
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;
       args.out_row = np * nv * L;
@@ -191,7 +213,8 @@ class ForwardSweep {
         int64_t end = begin;
         for (int64_t next; i < tiles.tiles && (next = tiles.first(i + 1)) - begin <= kBufferRows; end = next, ++i) {
           args.a = h + end * h_row_;
-          args.ahead = i < nv && j + 1 < groups ? panel_line(task_.w_hh, which ? p - 1 : p + 1, r_, i) : nullptr;
+          const bool fetches = i < nv && j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
+          args.ahead = fetches ? panel_line(task_.w_hh, which ? p - 1 : p + 1, r_, i) : nullptr;
           args.out = buffer_ + (end - begin) * args.out_row;
           for (int64_t row = end; row < next; ++row) {
             fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);
@@ -319,6 +342,7 @@ class ForwardSweep {
   const Rows rows_;
   const Panels units_;
   const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
+  const bool lazy_;                          // panels are packed at their first use
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };

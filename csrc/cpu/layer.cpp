@@ -7,6 +7,10 @@
 #include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -18,8 +22,25 @@ namespace {
 
 using at::IntArrayRef;
 
+// Large arrays come from the system page by page, 1.5 us each on a virtual machine; in pages of 2 MiB they cost a third.
+// Advice only: where it is not followed, nothing changes.
+void advise_large_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kPage = 2 << 20;
+  const size_t bytes = tensor.nbytes();
+  if (bytes < 2 * kPage) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Not through the dispatcher, which takes longer than the allocation itself.
-Tensor empty(IntArrayRef sizes, at::ScalarType type) { return Tensor(at::detail::empty_cpu(sizes, type)); }
+Tensor empty(IntArrayRef sizes, at::ScalarType type) {
+  Tensor made(at::detail::empty_cpu(sizes, type));
+  advise_large_pages(made);
+  return made;
+}
 
 Tensor nothing(at::ScalarType type) { return empty({0}, type); }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // sigmoid and tanh on lanes, from one reduced exponential. Used by the lane classes in isa/*.cpp; tests hold every
-// instruction set to the bounds given here. NaN and infinities go through; no result below 1e-38 (2e-308) is produced.
+// instruction set to the bounds given here, where the exact result is a normal number. NaN and infinities go through;
+// sigmoid ends at 1.2e-38 (2.2e-308) on the negative side.
 //
 // exp(x) = 2^n * (1 + p):  n = round(x / ln2),  r = x - n*ln2 in [-ln2/2, ln2/2],  p = expm1(r).
 // ln2 is cut in two so that n*kLn2High is exact without a fused multiply-add as well.
@@ -16,15 +17,15 @@ template <>
 struct ExpConstants<float> {
   static constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kSigmoidLimit = 87.3365f;  // exp stays normal
-  static constexpr float kTanhLimit = 9.02f;        // tanh(9.02) rounds to 1
+  static constexpr float kSigmoidLimit = 87.33655f;  // sigmoid(-limit) is the first result below the normal numbers
+  static constexpr float kTanhLimit = 9.02f;         // tanh(9.02) rounds to 1
 };
 
 template <>
 struct ExpConstants<double> {
   static constexpr double kLog2e = 1.4426950408889634, kRound = 6755399441055744.0;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
-  static constexpr double kSigmoidLimit = 708.39;
+  static constexpr double kSigmoidLimit = 708.3964185322643;
   static constexpr double kTanhLimit = 19.07;
 };
 

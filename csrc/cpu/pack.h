@@ -20,14 +20,15 @@ struct Panels {
 
 }  // namespace
 
-// w [G*H, K], a row per gate and unit -> for each panel [k][block][gate][lanes], zero past H.
+// w [G*H, K], a row per gate and unit -> for each panel of [p0, p1), one behind the other, [k][block][gate][lanes],
+// zero past H.
 template <class V, int G>
 void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panels, int64_t p0, int64_t p1,
                 typename V::Scalar* packed) {
   constexpr int L = V::kLanes;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), step = width * G * L;
-    typename V::Scalar* panel = packed + panels.first(p) * G * L * k_size;
+    typename V::Scalar* panel = packed + (panels.first(p) - panels.first(p0)) * G * L * k_size;
     for (int64_t block = 0; block < width; ++block) {
       for (int g = 0; g < G; ++g) {
         const int64_t unit = (panels.first(p) + block) * L;
