@@ -8,6 +8,8 @@ so what setup.py wrote into fastrnn/_build.py is compared with the running torch
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -40,9 +42,15 @@ def load() -> tuple[ModuleType | None, str]:
     if why_not is not None:
         return None, why_not
     try:
-        return importlib.import_module("fastrnn._C"), ""
+        extension = importlib.import_module("fastrnn._C")
     except ImportError as error:
         return None, f"fastrnn._C does not load: {error}"
+    wish = os.environ.get("FASTRNN_ISA")
+    if wish and wish not in extension.available_isas():
+        here = ", ".join(extension.available_isas())
+        message = f"FASTRNN_ISA={wish} is not available on this machine ({here}); {extension.isa()} is used"
+        warnings.warn(message, stacklevel=2)
+    return extension, ""
 
 
 module, reason = load()

@@ -165,8 +165,10 @@ class _Stack(nn.RNNBase):
         else:
             y, states = self._stack(x, states, layers, batch_sizes, (directions, batch))
         # The derivative reads y. A program may change the output of torch.nn in place before backward, but for that of
-        # the float32 LSTM, where torch saves it too; a copy, about 1 % of a training step, keeps ours out of its reach.
-        if y.requires_grad and (self._gates != 4 or y.dtype == torch.float64):
+        # oneDNN's LSTM, which torch saves too; a copy, about 1 % of a training step, keeps ours out of its reach.
+        if y.requires_grad and not (
+            self._gates == 4 and y.dtype == torch.float32 and directions == 1 and not self.proj_size
+        ):
             y = y.clone()
 
         if batch_sizes is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -163,3 +164,10 @@ def test_explain_names_class_rung_and_reason(compiled: object) -> None:
     assert "torch.nn's own class" in fastrnn.explain(torch.nn.LSTM(4, 5), x)
     with pytest.raises(TypeError, match=r"module must be an LSTM, GRU or RNN, or a cell, got torch.Linear"):
         fastrnn.explain(torch.nn.Linear(4, 5), x)
+
+
+def test_unknown_instruction_set_in_the_environment_is_named(compiled: object) -> None:
+    environment = {**os.environ, "FASTRNN_ISA": "avx9000"}
+    command = [sys.executable, "-c", "import fastrnn"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "FASTRNN_ISA=avx9000 is not available on this machine" in done.stderr
