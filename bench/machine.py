@@ -16,11 +16,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 import fastrnn
+from fastrnn import info
 
 KIB = 1024
 BANDWIDTH_SIZES = tuple(KIB * 4**n for n in range(2, 9))  # bytes per thread, 16 KB to 64 MB
@@ -32,17 +32,9 @@ ENVIRONMENT = (
 )
 
 
-def extension() -> ModuleType | None:
-    """fastrnn's compiled module for facts about the build and the CPU; None where fastrnn could not load it.
-
-    The one thing here beside the public API: no program needs these facts, only those who measure.
-    """
-    return getattr(fastrnn, "_C", None)
-
-
 def isa() -> str:
     """The instruction set of fastrnn's kernels, or "none" without them."""
-    module = extension()
+    module = info.compiled()
     return module.isa() if module is not None else "none"
 
 
@@ -106,7 +98,7 @@ def cores() -> int:
 
 def describe() -> dict[str, object]:
     """Everything about the machine and the software that a reader of the figures needs; no path of this machine."""
-    module = extension()
+    module = info.compiled()
     packages = ("onnxruntime", "onnx", "numpy", "matplotlib")
     return {
         "cpu": _cpu(),
@@ -175,7 +167,7 @@ def _together(threads: int, measure: Callable[[], float]) -> float:
 
 def measure_peak(threads: int, dtype: torch.dtype) -> float | None:
     """GFLOP/s of so many threads together, in 25 ms; float32's for 16-bit types. None where it cannot be measured."""
-    module = extension()
+    module = info.compiled()
     if not hasattr(module, "fma_peak"):
         return None
     return _together(threads, lambda: module.fma_peak(dtype == torch.float64))
@@ -183,7 +175,7 @@ def measure_peak(threads: int, dtype: torch.dtype) -> float | None:
 
 def measure_roofline(threads: list[int], dtype: torch.dtype) -> Roofline:
     """Peak and bandwidth for each thread count, at the start of a run; 25 ms a figure."""
-    module, roofline = extension(), Roofline()
+    module, roofline = info.compiled(), Roofline()
     if not hasattr(module, "read_bandwidth"):
         return roofline
     for count in threads:

@@ -52,6 +52,15 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
+def compiled() -> ModuleType | None:
+    """The compiled module, or None without it, for facts about the build and the CPU.
+
+    isa() and available_isas() name instruction sets, compiler() and openmp_runtimes() tell of the build,
+    fma_peak(double_precision) measures the calling thread's peak in GFLOP/s, read_bandwidth(bytes) its reads in GB/s.
+    """
+    return extension.module
+
+
 def _build() -> ModuleType | None:
     try:
         return importlib.import_module("fastrnn._build")

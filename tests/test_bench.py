@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
+from fastrnn import info
 
 SMALL = Shape("small", 5, 3, 4, 6, "test", passes=("inference", "training", "packed-inference", "packed-training"))
 BOTH_WAYS = dataclasses.replace(SMALL, name="both-ways", D=2)
@@ -195,7 +196,7 @@ def test_roofline_interpolates_between_cache_sizes():
 
 
 def test_roofline_is_measured_by_the_extension(monkeypatch):
-    if not hasattr(machine.extension(), "fma_peak"):
+    if not hasattr(info.compiled(), "fma_peak"):
         pytest.skip("the extension is not built")
     monkeypatch.setattr(machine, "BANDWIDTH_SIZES", (4096,))
     roofline = machine.measure_roofline([1], torch.float32)
@@ -204,7 +205,7 @@ def test_roofline_is_measured_by_the_extension(monkeypatch):
 
 
 def test_roofline_is_not_measured_without_the_extension(monkeypatch):
-    monkeypatch.setattr(machine, "extension", lambda: None)
+    monkeypatch.setattr(info, "compiled", lambda: None)
     roofline = machine.measure_roofline([1], torch.float32)
     assert roofline == machine.Roofline()
     assert machine.measure_peak(1, torch.float32) is None

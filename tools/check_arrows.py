@@ -34,7 +34,7 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-PUBLIC = {"functional", "reference"}  # beside the names of fastrnn itself
+PUBLIC = {"functional", "reference", "info"}  # beside the names of fastrnn itself
 
 
 def include_faults(path: str, text: str) -> Iterator[str]:
