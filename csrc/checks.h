@@ -216,7 +216,7 @@ class Checker {
     if (s.T < 1) fail("batch_sizes must have at least one time step, got ", tensor.sizes());
     if (s.T > s.N) fail("batch_sizes must be positive and sum to N = ", s.N, ", got T = ", s.T, " steps");
     bound("T", s.T), bound("N", s.N);
-    s.batch_sizes_owner = tensor._is_zerotensor() || tensor.is_neg() ? tensor.clone() : tensor.contiguous();
+    s.batch_sizes_owner = tensor.clone(at::MemoryFormat::Contiguous);  // nobody writes to it after the checks
     s.batch_sizes = s.batch_sizes_owner.const_data_ptr<int64_t>();
     s.B = s.batch_sizes[0];
     int64_t sum = 0;

@@ -78,7 +78,16 @@ class Reader {
   const Tensor* tensor() { return *tensor_++; }
   int64_t integer() { return *integer_++; }
 
+  // A registered derivative knows nothing of forward mode: without this its tangent would be zero, and no error.
+  void refuse_tangents(const char* name) const {
+    for (const Tensor* const* tensor = tensors_; tensor != tensors_end_; ++tensor) {
+      TORCH_CHECK_NOT_IMPLEMENTED(*tensor == nullptr || !(*tensor)->_fw_grad(0).defined(), "fastrnn.", name,
+                                  ": no forward-mode derivative here; fastrnn.functional has it");
+    }
+  }
+
   LayerArguments layer(const char* name, Cell cell) {
+    refuse_tangents(name);
     const bool lstm = cell == Cell::lstm;
     LayerArguments a{};
     a.name = name;

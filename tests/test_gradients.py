@@ -157,3 +157,33 @@ def test_gradient_penalty_equals_torch_nn():
             gradient.square().sum().backward()
             results.append([p.grad for p in module.parameters()])
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_may_run_on_another_instruction_set(cell, compiled):
+    """What forward saves has one layout, whichever code wrote it."""
+    ours, _ = twins(cell, 5, 21)
+    x = torch.randn(4, 3, 5)
+    chosen, gradients = compiled.isa(), []
+    try:
+        for isa in compiled.available_isas():
+            compiled.select_isa(chosen)
+            y = ours(x)[0]
+            compiled.select_isa(isa)
+            gradients.append(torch.autograd.grad(y.square().sum(), ours.weight_hh_l0)[0])
+    finally:
+        compiled.select_isa(chosen)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_gradient_passes_where_a_relu_gave_nan(isa):
+    ours, theirs = twins("rnn_relu", 2, 3)
+    gradients = []
+    for module in (ours, theirs):
+        with torch.no_grad():
+            module.weight_ih_l0[0] = torch.tensor([float("inf"), -float("inf")])
+        y, _ = module(torch.ones(1, 1, 2))
+        assert y[..., 0].isnan().all()
+        gradients.append(torch.autograd.grad(y.sum(), module.weight_ih_l0)[0])
+    assert torch.equal(*gradients)

@@ -135,3 +135,13 @@ def test_make_fx_records_the_operator_and_not_its_result() -> None:
         others = [torch.randn_like(t) for t in inputs]
         for a, b in zip(graph(*others), function(*others), strict=True):
             assert_close(a, b, mode)
+
+
+def test_operator_called_directly_refuses_dual_numbers(compiled: object) -> None:
+    """Its tangent would be zero, without a word."""
+    x, h0 = torch.randn(3, 2, 4), torch.zeros(1, 2, 9)
+    weights = [torch.randn(27, 4), torch.randn(27, 9)]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match=r"fastrnn.gru_layer: no forward-mode derivative here"):
+            torch.ops.fastrnn.gru_layer(dual, h0, *weights, *[None] * 12, False)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The contract between a cell and the loops that run it. A cell is the math of one unit at one step; it knows neither
 // tensors nor loops nor instruction sets. The lane class V holds several units (or one) and has + - *, V::fma(a, b, c)
-// = a*b + c, V::one(), V::zero(), V::sigmoid, V::tanh, V::relu and V::where_positive(y, d).
+// = a*b + c, V::one(), V::zero(), V::sigmoid, V::tanh, V::relu and V::where_positive(y, d), d where y is
+// positive or NaN.
 //
 // A cell is a struct with
 //   kGates   G, the row blocks of w_ih and w_hh

@@ -132,25 +132,25 @@ class BackwardSweep {
       const int nv = static_cast<int>(panels.width(p));
       const int64_t next = s & 1 ? p - 1 : p + 1;
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles;) {  // several tiles, then the cell, as forward
-        const int64_t begin = from + tiles.first(i), i0 = i;
+      for (int64_t q = 0; q < tiles.tiles;) {  // several tiles, then the cell, as forward
+        const int64_t begin = from + tiles.first(q), q0 = q;
         int64_t row = begin;
-        while (i < tiles.tiles && from + tiles.first(i + 1) - begin <= kBufferRows) row = from + tiles.first(++i);
+        while (q < tiles.tiles && from + tiles.first(q + 1) - begin <= kBufferRows) row = from + tiles.first(++q);
         fetch_saved(t, begin, row, panels.first(p) * L, nv * L);
         // A pass over kPass terms reads a part of the panel that stays in the cache for all tiles.
         const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
         int64_t k0 = 0;
         do {
           const int64_t k1 = k_size - k0 < kPass ? k_size : k0 + kPass;
-          for (int64_t tile = i0; tile < i; ++tile) {
+          for (int64_t tile = q0; tile < q; ++tile) {
             const int64_t first = from + tiles.first(tile);
             const int m = static_cast<int>(from + tiles.first(tile + 1) - first);
             Scalar* sums = buffer_ + (first - begin) * nv * L;
             if (layer_.P) {
               unproject(t, first, m, p, k0, k1, sums);
             } else {
-              const bool fetches = tile - i0 < nv && (k1 < k_size || j + 1 < last - first_of_all);
-              recur(first, m, p, k0, k1, sums, fetches ? ahead(p, next, k0, k1, k_size, tile - i0) : nullptr);
+              const bool fetches = tile - q0 < nv && (k1 < k_size || j + 1 < last - first_of_all);
+              recur(first, m, p, k0, k1, sums, fetches ? ahead(p, next, k0, k1, k_size, tile - q0) : nullptr);
             }
           }
           k0 = k1;
@@ -161,9 +161,9 @@ class BackwardSweep {
   }
 
   // What the tile fetches while it works on terms [k0, k1) of a panel of W_hh: the terms that follow, or the first ones
-  // of the next panel; of those the share of the i-th tile.
-  const Scalar* ahead(int64_t panel, int64_t next, int64_t k0, int64_t k1, int64_t k_size, int64_t i) const {
-    const int64_t share = i * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar));
+  // of the next panel; of those the share of the q-th tile.
+  const Scalar* ahead(int64_t panel, int64_t next, int64_t k0, int64_t k1, int64_t k_size, int64_t q) const {
+    const int64_t share = q * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar));
     if (k1 < k_size) {
       return in(task_.w_hh) + states_.first(panel) * L * k_size + k1 * states_.width(panel) * L + share;
     }
@@ -174,7 +174,7 @@ class BackwardSweep {
   void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = rows_.index(t, row);
-      if (Cell::kSaved > 0) fetch(in(forward_.gates) + (n * c_row_ + unit) * Cell::kSaved, units * Cell::kSaved);
+      if (Cell::kSaved > 0) fetch(in(forward_.gates) + saved_offset<Cell>(n, c_row_, unit), units * Cell::kSaved);
       if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
       if (task_.layer->d_y) fetch(in(task_.layer->d_y) + n * y_row_ + task_.direction * r_ + unit, units);
     }
@@ -201,8 +201,8 @@ class BackwardSweep {
     for (int64_t p = 0; from < to && p < states_.count; ++p) {
       const int nv = static_cast<int>(states_.width(p));
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles; ++i) {
-        const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
+      for (int64_t q = 0; q < tiles.tiles; ++q) {
+        const int64_t first = from + tiles.first(q), end = from + tiles.first(q + 1);
         recur(first, static_cast<int>(end - first), p, 0, active ? G * layer_.H : 0, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
@@ -285,9 +285,9 @@ class BackwardSweep {
       }
       d_next[0].v[j.value] = d_h;
       if constexpr (Cell::kSaved > 0) {
-        const Scalar* gates = in(forward_.gates) + (piece.index * c_row_ + piece.unit) * Cell::kSaved;
+        const Scalar* gates = in(forward_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
         unroll<Cell::kSaved>(
-            [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value] = V::load(gates + k.value * L); });
+            [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value] = V::load(gates + k.value * 16); });
       }
       const V before = load_lanes<V>(piece.before, lanes[j.value]);
       if constexpr (Cell::kStates == 2) {
@@ -328,8 +328,8 @@ class BackwardSweep {
     for (int64_t p = first_panel_; backward_.d_h0 && from < to && p < last_panel_; ++p) {
       const int nv = static_cast<int>(states_.width(p));
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles; ++i) {
-        const int64_t first = from + tiles.first(i), end = from + tiles.first(i + 1);
+      for (int64_t q = 0; q < tiles.tiles; ++q) {
+        const int64_t first = from + tiles.first(q), end = from + tiles.first(q + 1);
         recur(first, static_cast<int>(end - first), p, 0, G * layer_.H, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {

@@ -208,13 +208,13 @@ class ForwardSweep {
       args.out_row = np * nv * L;
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles;) {
-        const int64_t begin = tiles.first(i);
+      for (int64_t q = 0; q < tiles.tiles;) {
+        const int64_t begin = tiles.first(q);
         int64_t end = begin;
-        for (int64_t next; i < tiles.tiles && (next = tiles.first(i + 1)) - begin <= kBufferRows; end = next, ++i) {
+        for (int64_t next; q < tiles.tiles && (next = tiles.first(q + 1)) - begin <= kBufferRows; end = next, ++q) {
           args.a = h + end * h_row_;
-          const bool fetches = i < nv && j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
-          args.ahead = fetches ? panel_line(task_.w_hh, which ? p - 1 : p + 1, r_, i) : nullptr;
+          const bool fetches = q < np * nv && j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
+          args.ahead = fetches ? panel_line(task_.w_hh, which ? p - pair : p + pair, r_, q) : nullptr;
           args.out = buffer_ + (end - begin) * args.out_row;
           for (int64_t row = end; row < next; ++row) {
             fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);
@@ -291,11 +291,12 @@ class ForwardSweep {
       }
       if constexpr (Cell::kSaved > 0) {
         if (direction_.gates) {
-          Scalar* gates = out(direction_.gates) + (piece.index * c_row_ + piece.unit) * Cell::kSaved;
+          Scalar* gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
           unroll<Cell::kSaved>(
-              [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * L); });
-          if (layer_.H - piece.unit <= L) {  // no byte of an output stays unwritten
-            for (int64_t k = Cell::kSaved * L; k < Cell::kSaved * (c_row_ - piece.unit); ++k) gates[k] = Scalar(0);
+              [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * 16); });
+          for (int64_t unit = piece.unit + L; unit < c_row_ && layer_.H <= unit; unit += L) {
+            gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, unit);
+            for (int k = 0; k < Cell::kSaved; ++k) V::zero().store(gates + k * 16);  // no byte stays unwritten
           }
         }
       }
@@ -319,8 +320,8 @@ class ForwardSweep {
       args.w = in(task_.w_hr) + unit * layer_.H;
       args.out_row = nv * L;
       const RowTiles tiles(n, Tiles<V>::rows(nv));
-      for (int64_t i = 0; i < tiles.tiles; ++i) {
-        const int64_t first = tiles.first(i), end = tiles.first(i + 1);
+      for (int64_t q = 0; q < tiles.tiles; ++q) {
+        const int64_t first = tiles.first(q), end = tiles.first(q + 1);
         args.a = in(task_.cell_h) + first * c_row_;
         Tiles<V>::get(static_cast<int>(end - first), nv, 1)(args);
         for (int64_t row = first; row < end; ++row) {

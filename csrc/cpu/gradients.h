@@ -22,6 +22,8 @@ class Gradients {
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
   static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
+  static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
+  static_assert(kSumRows % kChain == 0 && kPass % kShortChain == 0 && L <= kOverread);
 
  public:
   explicit Gradients(const GradientTask& task)
@@ -91,15 +93,15 @@ class Gradients {
     args.w_panel = 0;
     args.init_row = args.out_row = whole ? I : nv * L;
     const RowTiles tiles(end - row, Tiles<V>::rows(nv));
-    for (int64_t i = 0; i < tiles.tiles; ++i) {
-      const int64_t first = row + tiles.first(i);
-      const int m = static_cast<int>(row + tiles.first(i + 1) - first);
+    for (int64_t q = 0; q < tiles.tiles; ++q) {
+      const int64_t first = row + tiles.first(q);
+      const int m = static_cast<int>(row + tiles.first(q + 1) - first);
       Scalar* d_x = out(task_.layer->d_x) + first * I + column;
       args.a = in(task_.d_gates[d]) + first * d_row_ + Cell::kInput * layer_.H + k0;
       if (whole && !start) {
         for (int j = 0; j < m; ++j) fetch(d_x + j * I, nv * L);
       }
-      args.ahead = next && i < nv ? next + i * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar)) : nullptr;
+      args.ahead = next && q < nv ? next + q * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar)) : nullptr;
       args.out = whole ? d_x : buffer_;
       args.init = start ? nullptr : args.out;
       if (!whole && !start) {
@@ -123,6 +125,7 @@ class Gradients {
     const DirectionBackward& backward = task_.layer->direction[d];
     const int64_t member = task_.team.member, N = layer_.N;
     const bool gates = backward.d_w_ih || backward.d_w_hh || backward.d_b_ih || backward.d_b_hh;
+    if (!gates && !backward.d_w_hr) return;  // the same for every member: nobody waits
     Operand x{out(backward.d_w_ih), Panels(layer_.I, L, 4), nullptr};
     Operand h{out(backward.d_w_hh), Panels(r_, L, 4), nullptr};
     Operand m{out(backward.d_w_hr), Panels(layer_.H, L, 4), nullptr};

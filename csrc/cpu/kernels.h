@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What run.cpp (threads, scratch) and the files in isa/ (kernels) agree on: the work of one thread, and the table of
-// functions that an instruction set offers. Plain data: no inline function stands here, so no symbol is shared by
-// objects compiled for different instruction sets.
+// functions that an instruction set offers. Plain data: no function with a symbol of its own is defined here, so none
+// is shared by objects compiled for different instruction sets.
 #pragma once
 #include <stdint.h>
 
@@ -59,8 +59,8 @@ struct BackwardTask {
   // Shared by the team.
   void* w_hh;     // [G*H, Rp] in column panels
   void* w_hr;     // [P, Hp] in column panels
-  void* d_gates;  // [N + slack, kStored*H], the result
-  void* d_h;      // [N + slack, P], dL/dh at every step, with a projection
+  void* d_gates;  // [N, kStored*H] and kOverread elements, the result
+  void* d_h;      // [N, P] and kOverread elements, dL/dh at every step, with a projection
   void* cell_h;   // [N, H], o*tanh(c) at every step, with a projection, when d_w_hr is wanted; else null
   // Shared by the team when it splits units, else the thread's own.
   void* d_state;  // [rows, Rp], what reaches h other than through w_hh
@@ -76,18 +76,20 @@ struct GradientTask {
   const void* d_h[2];
   const void* cell_h[2];
   void* w_ih[2];  // shared: [G*H, padded(I)] in column panels
-  void* panels;   // shared, twice: [kSumRows, padded(I) + padded(R)] of x and h in column panels
-  void* strip;    // own: see pack_strip
-  void* sums;     // own: [kStored*H + 16]
+  void* panels;  // shared, twice: [kSumRows, padded(I) + padded(R) (+ padded(H))] of x, h (and cell_h) in column panels
+  void* strip;   // own: see pack_strip
+  void* sums;    // own: [kStripColumns + 16]
 };
 
-// Rows that the weight gradients take at a time: two chains of the tile. More would mean fewer passes over d_w, but the
+// Rows that the weight gradients take at a time: one chain of the tile. More would mean fewer passes over d_w, but the
 // packed rows of x and h should stay in the second-level cache (512 measured 3 % slower at H = 256, 1 MB of L2).
 constexpr int64_t kSumRows = 256;
 // Columns of the gate gradients that are packed at a time for the weight gradients.
 constexpr int64_t kStripColumns = 192;
-// Elements of one packed strip: 8 = the most rows of a tile, 16 = what a full-width copy may write past its end.
-constexpr int64_t kStripElements = (kStripColumns + 8) * kSumRows + 16 * (kStripColumns / 1);
+// pack_strip copies whole vectors: it may read so many elements past an array, less one vector's, 16.
+constexpr int64_t kOverread = 16;
+// Elements of a packed strip, for tiles of 3 rows or more (gradients.h asserts it).
+constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3) * 16 + 8 * kSumRows;
 
 struct Kernels {
   int lanes;

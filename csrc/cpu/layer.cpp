@@ -22,8 +22,9 @@ namespace {
 
 using at::IntArrayRef;
 
-// Large arrays come from the system page by page, 1.5 us each on a virtual machine; in pages of 2 MiB they cost a third.
-// Advice only: where it is not followed, nothing changes.
+// Large arrays come from the system page by page, 1.5 us each on a virtual machine; in pages of 2 MiB they cost a
+// third. Advice only: where it is not followed, nothing changes. Results are meant too: the saved gates are the largest
+// array.
 void advise_large_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kPage = 2 << 20;
@@ -167,8 +168,8 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save) {
       direction.gates = slice(gates, d, s.N * saved * operands.bytes());
       direction.cells = slice(cells, d, s.N * s.H * operands.bytes());
     }
-    const int threads = at::get_num_threads();
-    with_scratch(forward_scratch_bytes(layer, threads), [&](void* scratch) { run_forward(layer, threads, scratch); });
+    const Plan plan = plan_forward(layer, at::get_num_threads());
+    with_scratch(plan.scratch_bytes, [&](void* scratch) { run_forward(layer, plan, scratch); });
   }
   if (operands.given() != type) {  // gates and cells keep the type of the kernels
     results.y = results.y.to(operands.given());
@@ -228,8 +229,8 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
       direction.d_h0 = slice(d_h0, d, h_bytes);
       direction.d_c0 = slice(d_c0, d, c_bytes);
     }
-    const int threads = at::get_num_threads();
-    with_scratch(backward_scratch_bytes(layer, threads), [&](void* scratch) { run_backward(layer, threads, scratch); });
+    const Plan plan = plan_backward(layer, at::get_num_threads());
+    with_scratch(plan.scratch_bytes, [&](void* scratch) { run_backward(layer, plan, scratch); });
   }
   if (operands.given() != operands.type()) {
     for (int k = 0; k < gradient_count(a.cell); ++k) gradients[k] = gradients[k].to(operands.given());

@@ -26,7 +26,7 @@ struct DirectionForward {
   const void* c0;    // [B, H], LSTM only, else null
   void* h_n;         // [B, R]
   void* c_n;         // [B, H], LSTM only, else null
-  void* gates;       // [N, saved*padded(H)], opaque layout, written when not null; null for RNN
+  void* gates;       // [N, padded(H)/16, saved, 16], written when not null; null for RNN
   void* cells;       // [N, H], c at every step, written when not null; LSTM only
 };
 
@@ -61,20 +61,34 @@ struct LayerBackward {
   DirectionBackward direction[2];
 };
 
-// Gate blocks that each cell keeps per unit for the backward pass (RNN needs y alone).
-constexpr int64_t saved_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
-constexpr int64_t gates_per_unit(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
-// Units are padded to 16 in saved and scratch arrays, whatever the ISA, so that shapes do not depend on it.
-constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
+// What each cell has per unit; table.h holds these to the constants of csrc/cells. `static`: compiled once per
+// instruction set, shared by none.
+static constexpr int64_t gates_per_unit(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+static constexpr int64_t states_per_unit(Cell cell) { return cell == Cell::lstm ? 2 : 1; }
+// Blocks that forward keeps for backward (RNN needs y alone), and gradients of gates that backward leaves.
+static constexpr int64_t saved_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
+static constexpr int64_t stored_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
+// Units are padded to 16 in saved and scratch arrays, whatever the instruction set.
+static constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
 
-// Bytes of scratch that a call needs; the caller allocates it, uninitialised, 64-byte aligned.
+// How one call runs, decided once: the kernels of the instruction set chosen at that moment, the threads, and the
+// scratch that the caller allocates, uninitialised, 64-byte aligned.
+struct Kernels;
+struct Plan {
+  const Kernels* kernels;
+  int threads;    // of the region
+  int members;    // of the team of one direction
+  bool together;  // two teams, a direction each; else one thread takes the directions in turn
+  bool split_units;
+  size_t scratch_bytes;
+};
 // threads: at most this many are used (at::get_num_threads()).
-size_t forward_scratch_bytes(const LayerForward& layer, int threads);
-size_t backward_scratch_bytes(const LayerBackward& layer, int threads);
+Plan plan_forward(const LayerForward& layer, int threads);
+Plan plan_backward(const LayerBackward& layer, int threads);
 
 // Runs the layer in one parallel region. Never allocates, never throws.
-void run_forward(const LayerForward& layer, int threads, void* scratch);
-void run_backward(const LayerBackward& layer, int threads, void* scratch);
+void run_forward(const LayerForward& layer, const Plan& plan, void* scratch);
+void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch);
 
 // How threads share a layer is chosen by its size; tests force either way, also where it does not pay.
 enum class Split : int { chosen, rows, units };

@@ -66,6 +66,13 @@ class Rows {
 
 }  // namespace
 
+// Where the saved blocks of `unit` begin in row n of gates, [N, padded(H)/16, kSaved, 16]: the next block is 16
+// elements on.
+template <class Cell>
+inline __attribute__((always_inline)) int64_t saved_offset(int64_t n, int64_t row_units, int64_t unit) {
+  return (n * row_units + unit / 16 * 16) * Cell::kSaved + unit % 16;
+}
+
 // All lanes, or the first few.
 template <class V>
 inline __attribute__((always_inline)) void store_lanes(V v, typename V::Scalar* to, int lanes) {

@@ -43,14 +43,6 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 
 constexpr int kMostThreads = 256;
 
-// Threads per direction, and how many directions run at once.
-struct Plan {
-  int threads;    // of the region
-  int members;    // of each team
-  bool together;  // both directions at once, a team each; else one after the other by the same team
-  bool split_units;
-};
-
 // Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
 struct Cost {
   const LayerForward& layer;
@@ -78,11 +70,13 @@ Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads,
   const int64_t parts = units ? blocks : layer.B;
   int members = threads / (together ? 2 : 1);
   if (members > parts) members = static_cast<int>(parts);
-  return Plan{members * (together ? 2 : 1), members, together, units && members > 1};
+  return Plan{&kernels, members * (together ? 2 : 1), members, together, units && members > 1, 0};
 }
 
-Plan plan(const LayerForward& layer, const Kernels& kernels, int threads) {
-  Plan serial{1, 1, false, false};
+Plan serial_plan(const Kernels& kernels) { return Plan{&kernels, 1, 1, false, false, 0}; }
+
+Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
+  const Plan serial = serial_plan(kernels);
   if (threads > kMostThreads) threads = kMostThreads;
   if (threads < 2 || forked || omp_in_parallel()) return serial;
   const bool together = layer.D == 2;
@@ -97,12 +91,13 @@ Plan plan(const LayerForward& layer, const Kernels& kernels, int threads) {
     // The longest share of rows counts; fewer rows than members leave some idle.
     const int64_t rows = (layer.B + members - 1) / members;
     const double by_rows = T * cost.step(static_cast<double>(rows), 1) + kRegion;
-    if (by_rows < best && members <= layer.B) best = by_rows, chosen = Plan{used, members, together, false};
+    if (by_rows < best && members <= layer.B)
+      best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
     const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
     const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
     const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + kRegion;
     if (by_units < best && members > 1 && members <= blocks && !layer.P) {
-      best = by_units, chosen = Plan{used, members, together, true};
+      best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
     }
   }
   return chosen;
@@ -194,11 +189,6 @@ void run_region(int threads, const Body& body, const Fewer& fewer) {
   if (!granted) fewer();
 }
 
-struct ForwardWork {
-  Plan plan;
-  ForwardTask tasks[2][kMostThreads];
-};
-
 // Lays out tasks of every direction and member; directions that run one after the other share their scratch.
 void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, ForwardTask (*tasks)[kMostThreads]) {
   const int64_t G = gates_per_unit(layer.cell), Hp = padded(layer.H), R = width_of_h(layer), Rp = padded(R);
@@ -227,7 +217,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       if (member == 0 || !plan.split_units) {
         shared.h[0] = scratch.take(rows * Rp);
         shared.h[1] = scratch.take(rows * Rp);
-        shared.c = scratch.take(layer.cell == Cell::lstm ? rows * Hp : 0);
+        shared.c = scratch.take(states_per_unit(layer.cell) == 2 ? rows * Hp : 0);
       }
       ForwardTask task = shared;
       task.team.member = member;
@@ -243,8 +233,8 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
              GradientTask* gradients) {
   const LayerForward& forward = layer.forward;
   const int64_t G = gates_per_unit(forward.cell), Hp = padded(forward.H), R = width_of_h(forward), Rp = padded(R);
-  const int64_t stored = forward.cell == Cell::lstm || forward.cell == Cell::gru ? 4 : 1;
-  const int64_t rows = most_rows(forward, plan), slack = 64;
+  const int64_t stored = stored_per_unit(forward.cell);
+  const int64_t rows = most_rows(forward, plan);
   GradientTask gradient{};
   gradient.layer = &layer;
   gradient.team = Team{0, plan.threads, false, barrier(scratch)};
@@ -258,8 +248,8 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     shared.first_row = gradient.first_row;
     shared.w_hh = scratch.take(Rp * G * forward.H);
     shared.w_hr = scratch.take(forward.P ? Hp * forward.P : 0);
-    shared.d_gates = scratch.take(forward.N * stored * forward.H + slack);
-    shared.d_h = scratch.take(forward.P ? forward.N * forward.P + slack : 0);
+    shared.d_gates = scratch.take(forward.N * stored * forward.H + kOverread);
+    shared.d_h = scratch.take(forward.P ? forward.N * forward.P + kOverread : 0);
     void* cell_h = scratch.take(project_gradient ? forward.N * forward.H : 0);
     shared.cell_h = project_gradient ? cell_h : nullptr;
     gradient.d_gates[d] = shared.d_gates;
@@ -269,7 +259,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.d_state = scratch.take(rows * Rp);
-        shared.d_c = scratch.take(forward.cell == Cell::lstm ? rows * Hp : 0);
+        shared.d_c = scratch.take(states_per_unit(forward.cell) == 2 ? rows * Hp : 0);
       }
       shared.team.member = member;
       if (sweeps) sweeps[d][member] = shared;
@@ -295,7 +285,7 @@ void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
   static thread_local ForwardTask tasks[2][kMostThreads];
   ForwardTask(*shared)[kMostThreads] = tasks;  // the caller's, for every thread of the region
   lay_out(layer, plan, scratch, shared);
-  const auto run = kernels_for(layer).forward[static_cast<int>(layer.cell)];
+  const auto run = plan.kernels->forward[static_cast<int>(layer.cell)];
   run_region(
       plan.threads,
       [&](int thread) {
@@ -303,12 +293,9 @@ void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
           run(shared[thread / plan.members][thread % plan.members]);
           return;
         }
-        for (int d = 0; d < layer.D; ++d) {
-          if (d > 0) wait(shared[0][0].team.barrier, plan.members);  // the scratch of direction 0 is used again
-          run(shared[d][thread]);
-        }
+        for (int d = 0; d < layer.D; ++d) run(shared[d][thread]);
       },
-      [&] { forward_with(layer, Plan{1, 1, false, false}, memory); });
+      [&] { forward_with(layer, serial_plan(*plan.kernels), memory); });
 }
 
 void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
@@ -318,9 +305,8 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
   BackwardTask(*sweep_tasks)[kMostThreads] = sweeps;
   GradientTask* gradient_tasks = gradients;
   lay_out(layer, plan, scratch, sweep_tasks, gradient_tasks);
-  const Kernels& kernels = kernels_for(layer.forward);
-  const auto sweep = kernels.backward[static_cast<int>(layer.forward.cell)];
-  const auto products = kernels.gradients[static_cast<int>(layer.forward.cell)];
+  const auto sweep = plan.kernels->backward[static_cast<int>(layer.forward.cell)];
+  const auto products = plan.kernels->gradients[static_cast<int>(layer.forward.cell)];
   run_region(
       plan.threads,
       [&](int thread) {
@@ -332,38 +318,39 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
         wait(gradient_tasks[0].team.barrier, plan.threads);
         products(gradient_tasks[thread]);
       },
-      [&] { backward_with(layer, Plan{1, 1, false, false}, memory); });
+      [&] { backward_with(layer, serial_plan(*plan.kernels), memory); });
 }
 
 }  // namespace
 
-// Both counts cover the plan for these threads and the plan for one, which takes its place if the runtime grants fewer.
-size_t forward_scratch_bytes(const LayerForward& layer, int threads) {
+// The scratch covers the plan and that of one thread, which takes its place if the runtime grants fewer.
+Plan plan_forward(const LayerForward& layer, int threads) {
+  const Kernels& kernels = kernels_for(layer);
+  Plan plan = choose(layer, kernels, threads);
   Scratch planned(nullptr, element(layer)), serial(nullptr, element(layer));
-  lay_out(layer, plan(layer, kernels_for(layer), threads), planned, nullptr);
-  lay_out(layer, Plan{1, 1, false, false}, serial, nullptr);
-  return planned.used() > serial.used() ? planned.used() : serial.used();
+  lay_out(layer, plan, planned, nullptr);
+  if (plan.threads > 1) lay_out(layer, serial_plan(kernels), serial, nullptr);
+  plan.scratch_bytes = planned.used() > serial.used() ? planned.used() : serial.used();
+  return plan;
 }
 
-size_t backward_scratch_bytes(const LayerBackward& layer, int threads) {
+Plan plan_backward(const LayerBackward& layer, int threads) {
+  const Kernels& kernels = kernels_for(layer.forward);
+  Plan plan = choose(layer.forward, kernels, threads);
   Scratch planned(nullptr, element(layer.forward)), serial(nullptr, element(layer.forward));
-  lay_out(layer, plan(layer.forward, kernels_for(layer.forward), threads), planned, nullptr, nullptr);
-  lay_out(layer, Plan{1, 1, false, false}, serial, nullptr, nullptr);
-  return planned.used() > serial.used() ? planned.used() : serial.used();
+  lay_out(layer, plan, planned, nullptr, nullptr);
+  if (plan.threads > 1) lay_out(layer, serial_plan(kernels), serial, nullptr, nullptr);
+  plan.scratch_bytes = planned.used() > serial.used() ? planned.used() : serial.used();
+  return plan;
 }
 
-void run_forward(const LayerForward& layer, int threads, void* scratch) {
-  forward_with(layer, plan(layer, kernels_for(layer), threads), scratch);
-}
+void run_forward(const LayerForward& layer, const Plan& plan, void* scratch) { forward_with(layer, plan, scratch); }
+void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch) { backward_with(layer, plan, scratch); }
 
 void force_split(Split split) { forced = split; }
 
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n) {
   (is_double ? chosen_isa().of_double : chosen_isa().of_float)->activation(which, x, y, n);
-}
-
-void run_backward(const LayerBackward& layer, int threads, void* scratch) {
-  backward_with(layer, plan(layer.forward, kernels_for(layer.forward), threads), scratch);
 }
 
 }  // namespace cpu

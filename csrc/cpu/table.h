@@ -24,6 +24,14 @@ void activation(Activation which, const void* x, void* y, int64_t n) {
   }
 }
 
+template <class C>
+constexpr bool agrees(Cell cell) {
+  return C::kGates == gates_per_unit(cell) && C::kStates == states_per_unit(cell) &&
+         C::kSaved == saved_per_unit(cell) && C::kStored == stored_per_unit(cell);
+}
+static_assert(agrees<Lstm>(Cell::lstm) && agrees<Gru>(Cell::gru));
+static_assert(agrees<Rnn<Tanh>>(Cell::rnn_tanh) && agrees<Rnn<Relu>>(Cell::rnn_relu));
+
 // The cells, in the order of enum Cell. A new cell is one more line in each row.
 template <class V>
 constexpr Kernels kernels() {

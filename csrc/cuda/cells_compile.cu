@@ -24,7 +24,7 @@ struct FloatLane {
   FASTRNN_INLINE static FloatLane sigmoid(FloatLane a) { return {1.0f / (1.0f + expf(-a.v))}; }
   FASTRNN_INLINE static FloatLane tanh(FloatLane a) { return {tanhf(a.v)}; }
   FASTRNN_INLINE static FloatLane relu(FloatLane a) { return {a.v < 0.0f ? 0.0f : a.v}; }
-  FASTRNN_INLINE static FloatLane where_positive(FloatLane y, FloatLane d) { return {y.v > 0.0f ? d.v : 0.0f}; }
+  FASTRNN_INLINE static FloatLane where_positive(FloatLane y, FloatLane d) { return {y.v <= 0.0f ? 0.0f : d.v}; }
 };
 
 // One step forward and back of `units` units; every array is [lanes of the cell][units].

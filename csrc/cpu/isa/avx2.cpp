@@ -38,7 +38,7 @@ struct FloatAvx2 {
   }
   static FloatAvx2 relu(FloatAvx2 x) { return max(zero(), x); }
   static FloatAvx2 where_positive(FloatAvx2 y, FloatAvx2 d) {
-    return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_GT_OQ), d.v)};
+    return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), d.v)};
   }
   static FloatAvx2 divide(FloatAvx2 n, FloatAvx2 d) { return {_mm256_div_ps(n.v, d.v)}; }
   static FloatAvx2 sigmoid(FloatAvx2 x) { return cpu::sigmoid(x); }
@@ -91,7 +91,7 @@ struct DoubleAvx2 {
   }
   static DoubleAvx2 relu(DoubleAvx2 x) { return max(zero(), x); }
   static DoubleAvx2 where_positive(DoubleAvx2 y, DoubleAvx2 d) {
-    return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_GT_OQ), d.v)};
+    return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_NLE_UQ), d.v)};
   }
   static DoubleAvx2 divide(DoubleAvx2 n, DoubleAvx2 d) { return {_mm256_div_pd(n.v, d.v)}; }
   static DoubleAvx2 sigmoid(DoubleAvx2 x) { return cpu::sigmoid(x); }

@@ -36,7 +36,7 @@ struct FloatAvx512 {
   static FloatAvx512 exp2(FloatAvx512 n, FloatAvx512) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
   static FloatAvx512 relu(FloatAvx512 x) { return max(zero(), x); }
   static FloatAvx512 where_positive(FloatAvx512 y, FloatAvx512 d) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_GT_OQ), d.v)};
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), d.v)};
   }
   // An approximate reciprocal with a Newton step and the remainder takes 12 % longer on Granite Rapids, 15 % on Zen 5.
   static FloatAvx512 divide(FloatAvx512 n, FloatAvx512 d) { return {_mm512_div_ps(n.v, d.v)}; }
@@ -97,7 +97,7 @@ struct DoubleAvx512 {
   static DoubleAvx512 exp2(DoubleAvx512 n, DoubleAvx512) { return {_mm512_scalef_pd(_mm512_set1_pd(1.0), n.v)}; }
   static DoubleAvx512 relu(DoubleAvx512 x) { return max(zero(), x); }
   static DoubleAvx512 where_positive(DoubleAvx512 y, DoubleAvx512 d) {
-    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_GT_OQ), d.v)};
+    return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), d.v)};
   }
   static DoubleAvx512 divide(DoubleAvx512 n, DoubleAvx512 d) { return {_mm512_div_pd(n.v, d.v)}; }
   static DoubleAvx512 sigmoid(DoubleAvx512 x) { return cpu::sigmoid(x); }

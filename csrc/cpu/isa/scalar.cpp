@@ -52,7 +52,7 @@ struct Single {
     return {scale};
   }
   static Single relu(Single x) { return max(zero(), x); }
-  static Single where_positive(Single y, Single d) { return {y.v > T(0) ? d.v : T(0)}; }
+  static Single where_positive(Single y, Single d) { return {y.v <= T(0) ? T(0) : d.v}; }
   static Single divide(Single n, Single d) { return {n.v / d.v}; }
   static Single sigmoid(Single x) { return cpu::sigmoid(x); }
   static Single tanh(Single x) { return cpu::tanh(x); }
