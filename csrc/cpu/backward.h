@@ -70,17 +70,20 @@ class BackwardSweep {
 
   void pack() {
     const int64_t H = layer_.H;
-    const Scalar* w_hh = in(forward_.w_hh);
-    pack_columns<V>(
-        [&](int64_t k) {
-          const int64_t gate = k / H;
-          return w_hh + (Cell::recurrent_gate(static_cast<int>(gate)) * H + (k - gate * H)) * r_;
-        },
-        G * H, states_, pack_first_, pack_last_, out(task_.w_hh));
+    if (layer_.T > 1 || backward_.d_h0) {  // else no gradient goes through it
+      const Scalar* w_hh = in(forward_.w_hh);
+      pack_columns<V>(
+          [&](int64_t k) {
+            const int64_t gate = k / H;
+            return w_hh + (Cell::recurrent_gate(static_cast<int>(gate)) * H + (k - gate * H)) * r_;
+          },
+          G * H, states_, pack_first_, pack_last_, out(task_.w_hh) + states_.first(pack_first_) * L * G * H);
+    }
     if (layer_.P) {
       const int64_t member = task_.team.member, members = task_.team.members;
-      pack_columns<V>([&](int64_t k) { return in(forward_.w_hr) + k * H; }, layer_.P, units_,
-                      units_.count * member / members, units_.count * (member + 1) / members, out(task_.w_hr));
+      const int64_t first = units_.count * member / members, last = units_.count * (member + 1) / members;
+      pack_columns<V>([&](int64_t k) { return in(forward_.w_hr) + k * H; }, layer_.P, units_, first, last,
+                      out(task_.w_hr) + units_.first(first) * L * layer_.P);
     }
   }
 

@@ -43,44 +43,65 @@ class Gradients {
   int64_t share(int64_t n, int64_t member) const { return n * member / task_.team.members; }
   void join() const { wait(task_.team.barrier, task_.team.members); }
 
-  // Both directions in turn; direction 1 adds to what direction 0 left.
+  // Both directions in turn; direction 1 adds to what direction 0 left. Few rows: threads share the columns, and pack a
+  // panel when they use it, each in the place of the one before; many rows: they pack together and share the rows.
   void input() {
-    const int64_t I = layer_.I, H = layer_.H, member = task_.team.member;
-    const Panels panels(I, L, 4);
+    const Panels panels(layer_.I, L, 4);
+    const int64_t k_size = G * layer_.H, member = task_.team.member;
+    const int64_t wide = kBlockBytes / (k_size * static_cast<int64_t>(sizeof(Scalar)));
+    const int64_t block = wide < 48 ? 48 : wide;
+    const int64_t first = share(panels.count, member), last = share(panels.count, member + 1);
+    if (layer_.N <= block) {
+      for (int64_t p = first; p < last; ++p) {
+        for (int d = 0; d < layer_.D; ++d) {
+          Scalar* place = out(task_.w_ih[d]) + panels.first(first) * L * k_size;
+          pack_panels(d, panels, p, p + 1, place);
+          input_panel(d, panels, p, place, 0, layer_.N, nullptr);
+        }
+      }
+      return;
+    }
     for (int d = 0; d < layer_.D; ++d) {
-      const Scalar* w_ih = in(layer_.direction[d].w_ih);
-      pack_columns<V>(
-          [&](int64_t k) {
-            const int64_t gate = k / H;
-            return w_ih + (Cell::input_gate(static_cast<int>(gate)) * H + (k - gate * H)) * I;
-          },
-          G * H, panels, share(panels.count, member), share(panels.count, member + 1), out(task_.w_ih[d]));
+      pack_panels(d, panels, first, last, out(task_.w_ih[d]) + panels.first(first) * L * k_size);
     }
     join();
     const int64_t begin = share(layer_.N, member), end = share(layer_.N, member + 1);
-    const int64_t wide = kBlockBytes / (G * H * static_cast<int64_t>(sizeof(Scalar)));
-    const int64_t block = wide < 48 ? 48 : wide;
     for (int64_t row = begin; row < end; row += block) {
       for (int64_t p = 0; p < panels.count; ++p) {
         for (int d = 0; d < layer_.D; ++d) {
-          for (int64_t k = 0; k < G * H; k += kPass) {
-            const int64_t stop = k + kPass < G * H ? k + kPass : G * H;
-            // The pass that follows, if it is of the same direction; the tile fetches it into the cache.
-            const Scalar* next = nullptr;
-            if (stop < G * H) {
-              next = in(task_.w_ih[d]) + panels.first(p) * L * G * H + stop * panels.width(p) * L;
-            } else if (layer_.D == 1 && p + 1 < panels.count) {
-              next = in(task_.w_ih[d]) + panels.first(p + 1) * L * G * H;
-            }
-            input_block(d, panels, p, row, row + block < end ? row + block : end, k, stop, next);
-          }
+          const Scalar* packed = in(task_.w_ih[d]);
+          const bool more = layer_.D == 1 && p + 1 < panels.count;  // the tile fetches what follows into the cache
+          input_panel(d, panels, p, packed + panels.first(p) * L * k_size, row, row + block < end ? row + block : end,
+                      more ? packed + panels.first(p + 1) * L * k_size : nullptr);
         }
       }
     }
   }
 
-  void input_block(int d, const Panels& panels, int64_t p, int64_t row, int64_t end, int64_t k0, int64_t k1,
-                   const Scalar* next) {
+  // Column panels [p0, p1) of W_ih, one behind the other; its rows in the order of the stored gradients.
+  void pack_panels(int d, const Panels& panels, int64_t p0, int64_t p1, Scalar* packed) const {
+    const int64_t I = layer_.I, H = layer_.H;
+    const Scalar* w_ih = in(layer_.direction[d].w_ih);
+    pack_columns<V>(
+        [&](int64_t k) {
+          const int64_t gate = k / H;
+          return w_ih + (Cell::input_gate(static_cast<int>(gate)) * H + (k - gate * H)) * I;
+        },
+        G * H, panels, p0, p1, packed);
+  }
+
+  // Rows [row, end) of d_x in the columns of one panel, in passes of kPass terms.
+  void input_panel(int d, const Panels& panels, int64_t p, const Scalar* packed, int64_t row, int64_t end,
+                   const Scalar* following) {
+    const int64_t k_size = G * layer_.H, step = panels.width(p) * L;
+    for (int64_t k = 0; k < k_size; k += kPass) {
+      const int64_t stop = k + kPass < k_size ? k + kPass : k_size;
+      input_block(d, panels, p, packed + k * step, row, end, k, stop, stop < k_size ? packed + stop * step : following);
+    }
+  }
+
+  void input_block(int d, const Panels& panels, int64_t p, const Scalar* packed, int64_t row, int64_t end, int64_t k0,
+                   int64_t k1, const Scalar* next) {
     const int64_t I = layer_.I, column = panels.first(p) * L;
     const int nv = static_cast<int>(panels.width(p));
     const bool whole = column + nv * L <= I, start = d == 0 && k0 == 0;
@@ -89,7 +110,7 @@ class Gradients {
     args.chain = kShortChain;
     args.a_row = d_row_;
     args.a_step = 1;
-    args.w = in(task_.w_ih[d]) + column * G * layer_.H + k0 * nv * L;
+    args.w = packed;
     args.w_panel = 0;
     args.init_row = args.out_row = whole ? I : nv * L;
     const RowTiles tiles(end - row, Tiles<V>::rows(nv));
@@ -138,8 +159,10 @@ class Gradients {
       const auto pack = [&](Operand& operand, int64_t width, const auto& row) {
         operand.packed = packed;
         if (operand.d_w) {
-          pack_columns<V>(row, rows, operand.panels, share(operand.panels.count, member),
-                          share(operand.panels.count, member + 1), packed);
+          const Panels& panels = operand.panels;
+          const int64_t first = share(panels.count, member);
+          pack_columns<V>(row, rows, panels, first, share(panels.count, member + 1),
+                          packed + panels.first(first) * L * rows);
         }
         packed += kSumRows * padded(width);
       };

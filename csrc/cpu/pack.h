@@ -63,8 +63,8 @@ void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, in
   }
 }
 
-// Rows row(0), ..., row(k_size - 1) of panels.n columns -> for each panel [k][block][lanes], zero past the last column.
-// No transpose: a panel is a strip of columns.
+// Rows row(0), ..., row(k_size - 1) of panels.n columns -> for each panel of [p0, p1), one behind the other,
+// [k][block][lanes], zero past the last column. No transpose: a panel is a strip of columns.
 template <class V, class Row>
 inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t k_size, const Panels& panels,
                                                         int64_t p0, int64_t p1, typename V::Scalar* packed) {
@@ -72,7 +72,7 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t 
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), column = panels.first(p) * L;
     const int64_t rest = panels.n - column < width * L ? panels.n - column : width * L;
-    typename V::Scalar* to = packed + column * k_size;
+    typename V::Scalar* to = packed + (column - panels.first(p0) * L) * k_size;
     for (int64_t k = 0; k < k_size; ++k, to += width * L) {
       const typename V::Scalar* from = row(k) + column;
       int64_t j = 0;

@@ -49,16 +49,27 @@ struct Cost {
   const Kernels& kernels;
   double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
   double gates() const { return static_cast<double>(gates_per_unit(layer.cell)); }
-  // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights.
+  // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights, and a part
+  // of the latter that does not overlap. Fewer than three rows wait for the weights, wherever these lie.
   double step(double rows, double parts) const {
     const double units = static_cast<double>(layer.H) / parts;
-    const double product = gates() * units * (width() + static_cast<double>(layer.I)) * rows;
+    const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
     const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
-    const double streamed = weights / (weights > 1.5e6 ? 60.0 : 110.0);
-    const double computed = product / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
-    return computed > streamed ? computed : streamed;
+    const bool far = weights > 1.5e6;
+    const double streamed = weights / (far ? 60.0 : 110.0);
+    const double computed =
+        gates() * units * (recurrent + input) / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
+    return (computed > streamed ? computed : streamed) + streamed * (far ? 0.35 : 0.1);
   }
 };
+
+// Packing the weights, shared by the members. Threads that share units, and a thread alone, pack where they use and
+// stay in the cache; threads that share rows write the packed weights for each other.
+double packing(const LayerForward& layer, int members, bool split_rows) {
+  const double weights = static_cast<double>(gates_per_unit(layer.cell) * layer.H) *
+                         static_cast<double>((layer.P ? layer.P : layer.H) + layer.I) * static_cast<double>(layer.D);
+  return weights * (split_rows && members > 1 ? 0.8 : 0.3) / members;
+}
 
 constexpr double kBarrier = 400, kRegion = 2000;  // ns
 
@@ -84,18 +95,18 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
   const Cost cost{layer, kernels};
   const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
-  double best = T * cost.step(B, 1) * static_cast<double>(layer.D);
+  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + packing(layer, 1, false);
   Plan chosen = serial;
   for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
     const int used = members * (together ? 2 : 1);
     // The longest share of rows counts; fewer rows than members leave some idle.
     const int64_t rows = (layer.B + members - 1) / members;
-    const double by_rows = T * cost.step(static_cast<double>(rows), 1) + kRegion;
+    const double by_rows = T * cost.step(static_cast<double>(rows), 1) + packing(layer, used, true) + kRegion;
     if (by_rows < best && members <= layer.B)
       best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
     const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
     const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
-    const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + kRegion;
+    const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + packing(layer, used, false) + kRegion;
     if (by_units < best && members > 1 && members <= blocks && !layer.P) {
       best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
     }
