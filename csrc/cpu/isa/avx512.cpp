@@ -43,32 +43,27 @@ struct FloatAvx512 {
   static FloatAvx512 sigmoid(FloatAvx512 x) { return cpu::sigmoid(x); }
   static FloatAvx512 tanh(FloatAvx512 x) { return cpu::tanh(x); }
 
-  // to[k][lane] = from[lane][k], 16 by 16: pairs of floats, pairs of doubles, then twice quarters of a register.
+  // to[k][lane] = from[lane][k], 16 by 16. Quarters of four rows, four apart, are put together as they are read, so
+  // that what is left are four 4 by 4 transposes within quarters: 32 shuffles, where whole rows would need 64.
   static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    __m512 a[16], b[16];
-    unroll<16>([&](auto j) __attribute__((always_inline)) { a[j.value] = _mm512_loadu_ps(from + j.value * from_row); });
-    unroll<8>([&](auto j) __attribute__((always_inline)) {
-      b[2 * j.value] = _mm512_unpacklo_ps(a[2 * j.value], a[2 * j.value + 1]);
-      b[2 * j.value + 1] = _mm512_unpackhi_ps(a[2 * j.value], a[2 * j.value + 1]);
-    });
-    // a[4q + c]: column c of each quarter, rows 4q..4q+3.
-    unroll<4>([&](auto q) __attribute__((always_inline)) {
-      unroll<2>([&](auto j) __attribute__((always_inline)) {
-        const __m512d low = _mm512_castps_pd(b[4 * q.value + j.value]);
-        const __m512d high = _mm512_castps_pd(b[4 * q.value + 2 + j.value]);
-        a[4 * q.value + 2 * j.value] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-        a[4 * q.value + 2 * j.value + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    unroll<4>([&](auto quarter) __attribute__((always_inline)) {
+      __m512 a[4];  // a[j]: rows j, j+4, j+8, j+12
+      unroll<4>([&](auto j) __attribute__((always_inline)) {
+        const float* row = from + j.value * from_row + 4 * quarter.value;
+        const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row));
+        const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row + 4 * from_row), 1);
+        const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(row + 8 * from_row), 2);
+        a[j.value] = _mm512_insertf32x4(three, _mm_loadu_ps(row + 12 * from_row), 3);
       });
-    });
-    unroll<4>([&](auto c) __attribute__((always_inline)) {
-      const __m512 even_low = _mm512_shuffle_f32x4(a[c.value], a[4 + c.value], 0x88);        // quarters 0 2 of rows 0-7
-      const __m512 odd_low = _mm512_shuffle_f32x4(a[c.value], a[4 + c.value], 0xdd);         // quarters 1 3
-      const __m512 even_high = _mm512_shuffle_f32x4(a[8 + c.value], a[12 + c.value], 0x88);  // of rows 8-15
-      const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + c.value], a[12 + c.value], 0xdd);
-      _mm512_storeu_ps(to + c.value * to_row, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-      _mm512_storeu_ps(to + (4 + c.value) * to_row, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
-      _mm512_storeu_ps(to + (8 + c.value) * to_row, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-      _mm512_storeu_ps(to + (12 + c.value) * to_row, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1]));
+      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
+      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3]));
+      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+      float* column = to + 4 * quarter.value * to_row;
+      _mm512_storeu_ps(column, _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)));
+      _mm512_storeu_ps(column + to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23)));
+      _mm512_storeu_ps(column + 2 * to_row, _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)));
+      _mm512_storeu_ps(column + 3 * to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23)));
     });
   }
 
