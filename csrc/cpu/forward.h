@@ -14,6 +14,8 @@ template <class Cell, class V>
 class ForwardSweep {
   using Scalar = typename V::Scalar;
   static constexpr int L = V::kLanes, G = Cell::kGates;
+  // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
+  static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
   static constexpr int kPanel = G == 1 ? 4 : 1;  // unit blocks side by side in one panel
   static constexpr int kBufferRows = 48;         // 12 KiB of sums: in the first-level cache beside a part of a panel
   static constexpr int64_t kRowBytes = 256 * 1024;
@@ -133,7 +135,7 @@ class ForwardSweep {
 
     TileArgs<Scalar> args{};
     args.k = layer_.I;
-    args.chain = kChain;
+    args.chain = kSweepChain;
     args.a_step = 1;
     const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
     if (!a) {
@@ -191,7 +193,7 @@ class ForwardSweep {
     const Scalar* h = in(task_.h[which]);
     TileArgs<Scalar> args{};
     args.k = r_;
-    args.chain = kChain;
+    args.chain = kSweepChain;
     args.a_row = h_row_;
     args.a_step = 1;
     args.init_row = 0;
@@ -308,7 +310,7 @@ class ForwardSweep {
     const Panels panels(layer_.P, L, 4);
     TileArgs<Scalar> args{};
     args.k = layer_.H;
-    args.chain = kChain;
+    args.chain = kSweepChain;
     args.a_row = c_row_;
     args.a_step = 1;
     args.init = nullptr;

@@ -23,7 +23,7 @@ class Gradients {
   static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
-  static_assert(kSumRows % kChain == 0 && kPass % kShortChain == 0 && L <= kOverread);
+  static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0 && L <= kOverread);
 
  public:
   explicit Gradients(const GradientTask& task)
@@ -220,7 +220,7 @@ class Gradients {
     const Panels& panels = operand.panels;
     TileArgs<Scalar> args{};
     args.k = rows;
-    args.chain = kChain;
+    args.chain = kShortChain;
     args.a_row = 1;
     args.a_step = kTileRows;
     for (int64_t p = 0; p < panels.count; ++p) {
@@ -267,7 +267,7 @@ class Gradients {
       V total = V::zero();
       for (int64_t row = 0; row < rows;) {
         V chain = V::zero();
-        for (int64_t end = row + kChain < rows ? row + kChain : rows; row < end; ++row) {
+        for (int64_t end = row + kShortChain < rows ? row + kShortChain : rows; row < end; ++row) {
           chain = chain + load_lanes<V>(a + row * a_row + j, lanes);
         }
         total = total + chain;

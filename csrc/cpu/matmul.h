@@ -45,7 +45,7 @@ struct TileArgs {
   int64_t out_row;
 };
 
-// Terms of one chain: of the sweeps and the weight gradients, and of d_x, whose sums over gates and units are longest.
+// Terms of one chain: of the sweeps of LSTM and GRU; of everything else, where rounding shows more.
 constexpr int64_t kChain = 256, kShortChain = 128;
 
 template <class V, int M, int NV, int NP>
