@@ -2,6 +2,7 @@
 // The forward sweep of one direction: time loop, input gates a chunk of steps at a time, recurrence step by step with
 // the gates in registers. One instance per cell and lane class; the cell is known here by its constants only.
 #pragma once
+#include "direct.h"
 #include "group.h"
 #include "kernels.h"
 #include "matmul.h"
@@ -95,6 +96,36 @@ class ForwardSweep {
     return place;
   }
 
+  // Whether the product of n rows of k terms with the panels [p, p + count) reads the weights where they lie: a call of
+  // one or two steps does not earn back the packing, and whole blocks can be turned over in registers.
+  bool reads_in_place(int64_t n, int64_t k, int64_t p, int64_t count) const {
+    return lazy_ && repacks() && n <= DirectTiles<V>::kMostRows && k % V::kColumns == 0 &&
+           units_.first(p + count) * L <= layer_.H;
+  }
+
+  // to[n rows][pieces] = bias + rows * w for the `pieces` pieces (a block of units, one gate) from panel p on.
+  void product_in_place(const void* w, const void* bias, int64_t p, int pieces, const Scalar* a, int64_t a_row,
+                        int64_t n, int64_t k, Scalar* to, int64_t to_row) const {
+    const int most = DirectTiles<V>::pieces(static_cast<int>(n));
+    DirectArgs<Scalar> args{};
+    args.k = k;
+    args.chain = kSweepChain;
+    args.a = a;
+    args.a_row = a_row;
+    args.w_row = k;
+    args.out_row = to_row;
+    for (int piece = 0; piece < pieces; piece += most) {
+      const int count = pieces - piece < most ? 1 : most;
+      for (int j = 0; j < count; ++j) {
+        const int64_t gate = (piece + j) % G, unit = (units_.first(p) + (piece + j) / G) * L;
+        args.w[j] = in(w) + (gate * layer_.H + unit) * k;
+      }
+      args.init = in(bias) + (units_.first(p) * G + piece) * L;
+      args.out = to + piece * L;
+      DirectTiles<V>::get(static_cast<int>(n), count)(args);
+    }
+  }
+
   // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
   void load_states() {
     for (int64_t row = 0; row < rows_.count(); ++row) {
@@ -161,6 +192,12 @@ class ForwardSweep {
         const int nv = static_cast<int>(units_.width(p)) * G;
         const int64_t block = units_.first(p);
         const bool first = s == 0 && begin == 0;
+        Scalar* const x_gates = out(task_.x_gates) + begin * x_gates_row_ + (block * L - first_unit_) * G;
+        if (reads_in_place(rows, layer_.I, p, 1)) {
+          product_in_place(direction_.w_ih, task_.b_ih, p, nv, a + begin * args.a_row, args.a_row, rows, layer_.I,
+                           x_gates, x_gates_row_);
+          continue;
+        }
         args.w = panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
         args.init = in(task_.b_ih) + block * G * L;
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
@@ -169,7 +206,7 @@ class ForwardSweep {
           args.a = a + row * args.a_row;
           const bool fetches = p + 1 < last_panel_ && j < nv && !(lazy_ && first);
           args.ahead = fetches ? panel_line(task_.w_ih, p + 1, layer_.I, j) : nullptr;
-          args.out = out(task_.x_gates) + row * x_gates_row_ + (block * L - first_unit_) * G;
+          args.out = x_gates + tiles.first(j) * x_gates_row_;
           Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
         }
       }
@@ -204,6 +241,11 @@ class ForwardSweep {
       const int np = p + pair <= last_panel_ ? pair : 1;
       const int nv = static_cast<int>(units_.width(p)) * G;
       const int64_t block = units_.first(p);
+      if (reads_in_place(n, r_, p, np)) {
+        product_in_place(direction_.w_hh, task_.b_hh, p, np * nv, h, h_row_, n, r_, buffer_, np * nv * L);
+        activate(t, 0, static_cast<int>(n), block, np * nv / G, at, which);
+        continue;
+      }
       args.w = panel(direction_.w_hh, task_.w_hh, r_, p, np, s == 0 || repacks(), repacks());
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;

@@ -37,7 +37,11 @@ void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panel
         const int64_t rows = panels.n - unit < L ? panels.n - unit : L;
         int64_t k = 0;
         if (rows == L) {
-          for (; k + L <= k_size; k += L) V::transpose(from + k, k_size, to + k * step, step);
+          for (; k + V::kColumns <= k_size; k += V::kColumns) {
+            V column[V::kColumns];
+            V::columns(from + k, k_size, column);
+            for (int c = 0; c < V::kColumns; ++c) column[c].store(to + (k + c) * step);
+          }
         }
         for (int64_t lane = 0; lane < L; ++lane) {
           for (int64_t rest = k; rest < k_size; ++rest) {

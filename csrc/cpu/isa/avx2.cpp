@@ -44,23 +44,22 @@ struct FloatAvx2 {
   static FloatAvx2 sigmoid(FloatAvx2 x) { return cpu::sigmoid(x); }
   static FloatAvx2 tanh(FloatAvx2 x) { return cpu::tanh(x); }
 
-  // to[k][lane] = from[lane][k], 8 by 8: pairs of floats, pairs of doubles, halves of a register.
-  static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    unroll<2>([&](auto half) __attribute__((always_inline)) {  // 4 columns at a time fit the registers
-      __m256 a[4];
-      unroll<4>([&](auto j) __attribute__((always_inline)) {
-        const float* row = from + j.value * from_row + 4 * half.value;
-        a[j.value] =
-            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * from_row), 1);
-      });
-      const __m256 low01 = _mm256_unpacklo_ps(a[0], a[1]), high01 = _mm256_unpackhi_ps(a[0], a[1]);
-      const __m256 low23 = _mm256_unpacklo_ps(a[2], a[3]), high23 = _mm256_unpackhi_ps(a[2], a[3]);
-      float* column = to + 4 * half.value * to_row;
-      _mm256_storeu_ps(column, _mm256_shuffle_ps(low01, low23, 0x44));
-      _mm256_storeu_ps(column + to_row, _mm256_shuffle_ps(low01, low23, 0xee));
-      _mm256_storeu_ps(column + 2 * to_row, _mm256_shuffle_ps(high01, high23, 0x44));
-      _mm256_storeu_ps(column + 3 * to_row, _mm256_shuffle_ps(high01, high23, 0xee));
+  // column[c][lane] = from[lane][c]. Rows four apart are put together as they are read, so that what is left is a 4 by
+  // 4 transpose within halves.
+  static constexpr int kColumns = 4;
+  static void columns(const float* from, int64_t from_row, FloatAvx2* column) {
+    __m256 a[4];  // a[j]: rows j, j+4
+    unroll<4>([&](auto j) __attribute__((always_inline)) {
+      const float* row = from + j.value * from_row;
+      const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(row));
+      a[j.value] = _mm256_insertf128_ps(one, _mm_loadu_ps(row + 4 * from_row), 1);
     });
+    const __m256 low01 = _mm256_unpacklo_ps(a[0], a[1]), high01 = _mm256_unpackhi_ps(a[0], a[1]);
+    const __m256 low23 = _mm256_unpacklo_ps(a[2], a[3]), high23 = _mm256_unpackhi_ps(a[2], a[3]);
+    column[0].v = _mm256_shuffle_ps(low01, low23, 0x44);
+    column[1].v = _mm256_shuffle_ps(low01, low23, 0xee);
+    column[2].v = _mm256_shuffle_ps(high01, high23, 0x44);
+    column[3].v = _mm256_shuffle_ps(high01, high23, 0xee);
   }
 
  private:
@@ -97,15 +96,16 @@ struct DoubleAvx2 {
   static DoubleAvx2 sigmoid(DoubleAvx2 x) { return cpu::sigmoid(x); }
   static DoubleAvx2 tanh(DoubleAvx2 x) { return cpu::tanh(x); }
 
-  static void transpose(const double* from, int64_t from_row, double* to, int64_t to_row) {
-    const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + from_row);
-    const __m256d c = _mm256_loadu_pd(from + 2 * from_row), d = _mm256_loadu_pd(from + 3 * from_row);
-    const __m256d low_ab = _mm256_unpacklo_pd(a, b), high_ab = _mm256_unpackhi_pd(a, b);
-    const __m256d low_cd = _mm256_unpacklo_pd(c, d), high_cd = _mm256_unpackhi_pd(c, d);
-    _mm256_storeu_pd(to, _mm256_permute2f128_pd(low_ab, low_cd, 0x20));
-    _mm256_storeu_pd(to + to_row, _mm256_permute2f128_pd(high_ab, high_cd, 0x20));
-    _mm256_storeu_pd(to + 2 * to_row, _mm256_permute2f128_pd(low_ab, low_cd, 0x31));
-    _mm256_storeu_pd(to + 3 * to_row, _mm256_permute2f128_pd(high_ab, high_cd, 0x31));
+  static constexpr int kColumns = 2;  // as above, rows two apart
+  static void columns(const double* from, int64_t from_row, DoubleAvx2* column) {
+    __m256d a[2];  // a[j]: rows j, j+2
+    unroll<2>([&](auto j) __attribute__((always_inline)) {
+      const double* row = from + j.value * from_row;
+      const __m256d one = _mm256_castpd128_pd256(_mm_loadu_pd(row));
+      a[j.value] = _mm256_insertf128_pd(one, _mm_loadu_pd(row + 2 * from_row), 1);
+    });
+    column[0].v = _mm256_unpacklo_pd(a[0], a[1]);
+    column[1].v = _mm256_unpackhi_pd(a[0], a[1]);
   }
 
  private:

@@ -43,28 +43,26 @@ struct FloatAvx512 {
   static FloatAvx512 sigmoid(FloatAvx512 x) { return cpu::sigmoid(x); }
   static FloatAvx512 tanh(FloatAvx512 x) { return cpu::tanh(x); }
 
-  // to[k][lane] = from[lane][k], 16 by 16. Quarters of four rows, four apart, are put together as they are read, so
-  // that what is left are four 4 by 4 transposes within quarters: 32 shuffles, where whole rows would need 64.
-  static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    unroll<4>([&](auto quarter) __attribute__((always_inline)) {
-      __m512 a[4];  // a[j]: rows j, j+4, j+8, j+12
-      unroll<4>([&](auto j) __attribute__((always_inline)) {
-        const float* row = from + j.value * from_row + 4 * quarter.value;
-        const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row));
-        const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row + 4 * from_row), 1);
-        const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(row + 8 * from_row), 2);
-        a[j.value] = _mm512_insertf32x4(three, _mm_loadu_ps(row + 12 * from_row), 3);
-      });
-      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1]));
-      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
-      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3]));
-      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
-      float* column = to + 4 * quarter.value * to_row;
-      _mm512_storeu_ps(column, _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)));
-      _mm512_storeu_ps(column + to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23)));
-      _mm512_storeu_ps(column + 2 * to_row, _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)));
-      _mm512_storeu_ps(column + 3 * to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23)));
+  // column[c][lane] = from[lane][c]. Quarters of four rows, four apart, are put together as they are read, so that what
+  // is left is a 4 by 4 transpose within quarters.
+  static constexpr int kColumns = 4;
+  static void columns(const float* from, int64_t from_row, FloatAvx512* column) {
+    __m512 a[4];  // a[j]: rows j, j+4, j+8, j+12
+    unroll<4>([&](auto j) __attribute__((always_inline)) {
+      const float* row = from + j.value * from_row;
+      const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row));
+      const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row + 4 * from_row), 1);
+      const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(row + 8 * from_row), 2);
+      a[j.value] = _mm512_insertf32x4(three, _mm_loadu_ps(row + 12 * from_row), 3);
     });
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+    column[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    column[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    column[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    column[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
   }
 
  private:
@@ -98,23 +96,18 @@ struct DoubleAvx512 {
   static DoubleAvx512 sigmoid(DoubleAvx512 x) { return cpu::sigmoid(x); }
   static DoubleAvx512 tanh(DoubleAvx512 x) { return cpu::tanh(x); }
 
-  static void transpose(const double* from, int64_t from_row, double* to, int64_t to_row) {
-    __m512d a[8], b[8];
-    unroll<8>([&](auto j) __attribute__((always_inline)) { a[j.value] = _mm512_loadu_pd(from + j.value * from_row); });
-    unroll<4>([&](auto j) __attribute__((always_inline)) {  // b[2j + c]: columns c, c+2, c+4, c+6 of rows 2j, 2j+1
-      b[2 * j.value] = _mm512_unpacklo_pd(a[2 * j.value], a[2 * j.value + 1]);
-      b[2 * j.value + 1] = _mm512_unpackhi_pd(a[2 * j.value], a[2 * j.value + 1]);
+  static constexpr int kColumns = 2;  // as above, quarters of two rows
+  static void columns(const double* from, int64_t from_row, DoubleAvx512* column) {
+    __m512d a[2];  // a[j]: rows j, j+2, j+4, j+6
+    unroll<2>([&](auto j) __attribute__((always_inline)) {
+      const double* row = from + j.value * from_row;
+      const __m512d one = _mm512_castpd128_pd512(_mm_loadu_pd(row));
+      const __m512d two = _mm512_insertf64x2(one, _mm_loadu_pd(row + 2 * from_row), 1);
+      const __m512d three = _mm512_insertf64x2(two, _mm_loadu_pd(row + 4 * from_row), 2);
+      a[j.value] = _mm512_insertf64x2(three, _mm_loadu_pd(row + 6 * from_row), 3);
     });
-    unroll<2>([&](auto c) __attribute__((always_inline)) {
-      const __m512d even_low = _mm512_shuffle_f64x2(b[c.value], b[2 + c.value], 0x88);
-      const __m512d odd_low = _mm512_shuffle_f64x2(b[c.value], b[2 + c.value], 0xdd);
-      const __m512d even_high = _mm512_shuffle_f64x2(b[4 + c.value], b[6 + c.value], 0x88);
-      const __m512d odd_high = _mm512_shuffle_f64x2(b[4 + c.value], b[6 + c.value], 0xdd);
-      _mm512_storeu_pd(to + c.value * to_row, _mm512_shuffle_f64x2(even_low, even_high, 0x88));
-      _mm512_storeu_pd(to + (2 + c.value) * to_row, _mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
-      _mm512_storeu_pd(to + (4 + c.value) * to_row, _mm512_shuffle_f64x2(even_low, even_high, 0xdd));
-      _mm512_storeu_pd(to + (6 + c.value) * to_row, _mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
-    });
+    column[0].v = _mm512_unpacklo_pd(a[0], a[1]);
+    column[1].v = _mm512_unpackhi_pd(a[0], a[1]);
   }
 
  private:

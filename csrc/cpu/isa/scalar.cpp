@@ -56,7 +56,8 @@ struct Single {
   static Single divide(Single n, Single d) { return {n.v / d.v}; }
   static Single sigmoid(Single x) { return cpu::sigmoid(x); }
   static Single tanh(Single x) { return cpu::tanh(x); }
-  static void transpose(const T* from, int64_t, T* to, int64_t) { *to = *from; }
+  static constexpr int kColumns = 1;
+  static void columns(const T* from, int64_t, Single* column) { column->v = *from; }
 };
 
 }  // namespace
