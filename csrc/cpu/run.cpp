@@ -156,6 +156,16 @@ const int64_t* first_rows(const LayerForward& layer, Scratch& scratch) {
   return first;
 }
 
+// Where the packed rows lie in an array [T, step_rows].
+const int64_t* places(const LayerForward& layer, Scratch& scratch) {
+  if (!layer.order) return nullptr;
+  int64_t* place = static_cast<int64_t*>(scratch.bytes(static_cast<size_t>(layer.N) * sizeof(int64_t)));
+  for (int64_t t = 0, n = 0; place && t < layer.T; ++t) {
+    for (int64_t j = 0; j < layer.batch_sizes[t]; ++j) place[n++] = t * layer.step_rows + layer.order[j];
+  }
+  return place;
+}
+
 Barrier* barrier(Scratch& scratch) {
   Barrier* made = static_cast<Barrier*>(scratch.bytes(sizeof(Barrier)));
   if (made) made->arrived = made->phase = 0;
@@ -229,6 +239,10 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
         shared.h[0] = scratch.take(rows * Rp);
         shared.h[1] = scratch.take(rows * Rp);
         shared.c = scratch.take(states_per_unit(layer.cell) == 2 ? rows * Hp : 0);
+        const bool masked = layer.direction[0].h_mask != nullptr;
+        for (int which = 0; which < 2; ++which) {
+          shared.masked_h[which] = masked ? scratch.take(rows * Rp) : shared.h[which];
+        }
       }
       ForwardTask task = shared;
       task.team.member = member;
@@ -250,6 +264,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   gradient.layer = &layer;
   gradient.team = Team{0, plan.threads, false, barrier(scratch)};
   gradient.first_row = first_rows(forward, scratch);
+  gradient.places = places(forward, scratch);
   for (int d = 0; d < forward.D; ++d) {
     const bool project_gradient = layer.direction[d].d_w_hr != nullptr;
     BackwardTask shared{};
