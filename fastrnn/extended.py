@@ -90,6 +90,64 @@ def layer(
     return *found[:results], found[results].to(found[0].dtype)
 
 
+def side_by_side(cells: Tensor, y: Tensor) -> Tensor:
+    """c at every step in the form of y: [D, T*B, H] -> [T, B, D*H], or [D, N, H] -> [N, D*H]. A copy: the derivative
+    reads the original, which a program shall not change."""
+    return torch.cat(tuple(cells), dim=-1).view(*y.shape[:-1], -1)
+
+
+def given(
+    function: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Any,
+    reset: Any,
+    reset_state: Any,
+    h_mask: Any,
+    zoneouts: Sequence[Any],
+) -> Extras | None:
+    """The extras of one layer, checked; None if none is given.
+
+    Args:
+        function: as messages name it.
+        x: [T, B, I], or [N, I] if batch_sizes is given.
+        states: the initial ones, [D, B, R] and for an LSTM [D, B, H].
+        batch_sizes: or None.
+        lengths, reset, reset_state, h_mask: as functional.lstm has them.
+        zoneouts: zoneout_h and for an LSTM zoneout_c.
+    """
+    arguments = (lengths, reset, reset_state, h_mask, *zoneouts)
+    if all(argument is None for argument in arguments):
+        return None
+    packed = batch_sizes is not None
+    D, B, R = states[0].shape
+    if lengths is not None:
+        check_lengths(function, lengths, B, x.device, packed)
+    replacements: tuple[Any, ...] = (None, None)
+    if reset is not None:
+        check_reset(function, reset, "[T, B]", tuple(x.shape[:2]), x.device, packed)
+        if reset_state is not None:
+            replacements = reset_state if len(states) == 2 else (reset_state, None)
+            if not isinstance(replacements, (tuple, list)) or len(replacements) != 2:
+                got = type(reset_state).__name__
+                raise TypeError(f"fastrnn.{function}: reset_state must be a pair (h, c), got {got}")
+            for k, (tensor, state) in enumerate(zip(replacements, states, strict=False)):
+                name = f"reset_state[{k}]" if len(states) == 2 else "reset_state"
+                letters = f"[D, B, {'RH'[k]}]"
+                check_operand(function, name, tensor, letters, tuple(state.shape), x, mask=False)
+    elif reset_state is not None:
+        raise ValueError(f"fastrnn.{function}: reset_state is given without reset")
+    if h_mask is not None:
+        check_operand(function, "h_mask", h_mask, "[D, B, R]", (D, B, R), x, mask=True)
+    for name, tensor, state, letter in zip(("zoneout_h", "zoneout_c"), zoneouts, states, "RH", strict=False):
+        if tensor is not None:
+            letters = f"[N, D*{letter}]" if packed else f"[T, B, D*{letter}]"
+            shape = (*x.shape[:-1], D * state.shape[2])
+            check_operand(function, name, tensor, letters, shape, x, mask=True)
+    return Extras(lengths, reset, *replacements, h_mask, *zoneouts, *(None,) * (2 - len(zoneouts)))
+
+
 def _check_range(operator: Operator, tensors: Sequence[Tensor | None], lengths: Tensor | None) -> None:
     """What the kernel looks at by itself: lengths are from 0 to T. On another device nobody waits to see it."""
     x = tensors[0]

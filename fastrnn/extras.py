@@ -102,8 +102,10 @@ def reference_layer(
                 extras.reset,
                 tuple(None if state is None else state[direction] for state in replacements),
                 None if extras.h_mask is None else extras.h_mask[direction],
-                tuple(None if keep is None else _part(keep, direction, start.shape) for keep, start in
-                      zip(zoneouts, starts, strict=True)),
+                tuple(
+                    None if keep is None else _part(keep, direction, start.shape)
+                    for keep, start in zip(zoneouts, starts, strict=True)
+                ),
             )
         )
     everything = [torch.cat([every[0] for every, _ in swept], dim=-1)]

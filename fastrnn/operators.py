@@ -235,8 +235,8 @@ def _register_fakes(operator: Operator) -> None:
         return tuple(outputs)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors, extras = arguments[results : results + count], arguments[results + count :]
-        needs = arguments[-2] if operator.buffers == 2 else arguments[-1]
+        tensors, extras = arguments[results : results + count], arguments[results + count :]  # and what follows
+        needs = extras[2 + operator.after_batch_sizes + 1 + operator.buffers + operator.options]
         tensors = (*tensors, *extras[3 : 2 + results])  # reset_h, reset_c
         x = tensors[0]
         return tuple(
