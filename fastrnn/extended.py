@@ -106,8 +106,8 @@ def given(
     reset_state: Any,
     h_mask: Any,
     zoneouts: Sequence[Any],
-) -> Extras | None:
-    """The extras of one layer, checked; None if none is given.
+) -> Extras:
+    """The extras of one layer, checked.
 
     Args:
         function: as messages name it.
@@ -117,9 +117,6 @@ def given(
         lengths, reset, reset_state, h_mask: as functional.lstm has them.
         zoneouts: zoneout_h and for an LSTM zoneout_c.
     """
-    arguments = (lengths, reset, reset_state, h_mask, *zoneouts)
-    if all(argument is None for argument in arguments):
-        return None
     packed = batch_sizes is not None
     D, B, R = states[0].shape
     if lengths is not None:

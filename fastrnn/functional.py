@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import autograd, extended, operators
-from .extras import Extras
 
 Weights = Sequence[Tensor | None]
 _WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
@@ -77,13 +76,12 @@ def lstm(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("lstm", x, states, ("h", "c"), directions, batch_sizes)
-    resets = (lengths, reset, reset_state)
-    extras = extended.given("lstm", x, states, batch_sizes, *resets, h_mask, (zoneout_h, zoneout_c))
-    if extras is not None or return_all_states:
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is zoneout_c is None):
+        zoneouts = (zoneout_h, zoneout_c)
+        extras = extended.given("lstm", x, states, batch_sizes, lengths, reset, reset_state, h_mask, zoneouts)
         tensors = (x, *states, *directions[0], *directions[1])
-        found = extended.layer(operators.LSTM, tensors, batch_sizes, extras or Extras(), (), return_all_states)
-        y, h, c = found[:3]
-        return (y, (h, c), (y, extended.side_by_side(found[3], y))) if return_all_states else (y, (h, c))
+        y, h, c, *cells = extended.layer(operators.LSTM, tensors, batch_sizes, extras, (), return_all_states)
+        return (y, (h, c), (y, extended.side_by_side(cells[0], y))) if return_all_states else (y, (h, c))
     if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
@@ -138,10 +136,10 @@ def gru(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("gru", x, states, ("state",), directions, batch_sizes)
-    extras = extended.given("gru", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
-    if extras is not None or return_all_states:
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
+        extras = extended.given("gru", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
         tensors = (x, *states, *directions[0], *directions[1])
-        y, h = extended.layer(operators.GRU, tensors, batch_sizes, extras or Extras(), ())
+        y, h = extended.layer(operators.GRU, tensors, batch_sizes, extras, ())
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
@@ -201,10 +199,10 @@ def rnn(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("rnn", x, states, ("state",), directions, batch_sizes)
-    extras = extended.given("rnn", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
-    if extras is not None or return_all_states:
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
+        extras = extended.given("rnn", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
         tensors = (x, *states, *directions[0], *directions[1])
-        y, h = extended.layer(operators.RNN, tensors, batch_sizes, extras or Extras(), (relu,))
+        y, h = extended.layer(operators.RNN, tensors, batch_sizes, extras, (relu,))
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
