@@ -136,6 +136,8 @@ def _extended_backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor 
     count, given, states = operator.tensors, 2 + operator.after_batch_sizes, operator.results - 1
     saved = ctx.saved_tensors
     tensors, extras, (y, *buffers) = saved[:count], saved[count : count + given], saved[count + given :]
+    if not ctx.saved:
+        gradients = gradients[: operator.results]  # c at every step was not a result
     first = 3  # reset_h: after lengths, batch_sizes and reset
     wanted = (*ctx.needs_input_grad[:count], *ctx.needs_input_grad[count + first : count + first + states])
     if all(gradient is None for gradient in gradients):
