@@ -155,7 +155,12 @@ def _extended_backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor 
             buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
         needs = sum(1 << position for position, want in enumerate(wanted) if want)
         of_cells = gradients[operator.results :] if states == 2 else ()
-        run = getattr(torch.ops.fastrnn, operator.backward_name).default
+        plain = all(g is None or (type(g) is Tensor and not _is_legacy_batchedtensor(g)) for g in gradients)
+        direct = plain and ctx.direct and not is_compiling() and not _dispatch_modes()
+        name = operator.backward_name
+        run = getattr(extension.module, name) if direct else getattr(torch.ops.fastrnn, name).default
+        if direct and states == 2 and not of_cells:
+            of_cells = (None,)
         found = run(*gradients[: operator.results], *tensors, *extras, y, *buffers, *ctx.options, needs, *of_cells)
         found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
     rest = given - first - states

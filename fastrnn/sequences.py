@@ -97,11 +97,10 @@ def forward(
 
     rows = directions * module.num_layers
     lead = (rows,) if single else (rows, batch)
-    widths = (module._state_shapes((rows, batch))[k][-1] for k in range(2 if module._gates == 4 else 1))
-    widths = tuple(widths)
+    widths = tuple([shape[-1] for shape in module._state_shapes(lead)])
     states = _states(module, "hx", hx, lead, widths, x, expand=False)
     if states is None:
-        states = tuple(x.new_zeros((rows, batch, width)) for width in widths)
+        states = module._zero_states(x, (rows, batch))
     elif sorted_indices is not None:
         states = tuple(state.index_select(1, sorted_indices) for state in states)
     if lengths is not None:
@@ -179,34 +178,39 @@ def _stack(
     slots = module._weights_per_direction
     options = (module.mode == "RNN_RELU",) if module._gates == 1 else ()
     dropout = module.dropout if module.training else 0.0
+    keep_cells = all_states and module._gates == 4
+    masks: tuple[Tensor | None, ...] = (None, None, None)
     finals, every_h, every_c = [], [], []
     for index, weights in enumerate(module._layer_weights()):
         if index and dropout:
             x = torch.dropout(x, dropout, True)
         weights += (None,) * (2 * slots - len(weights))
-        own = slice(index * directions, (index + 1) * directions)
-        firsts = tuple(state[own] for state in states)
+        firsts, others = states, resets or ()
+        if module.num_layers > 1:
+            own = slice(index * directions, (index + 1) * directions)
+            firsts, others = (tuple([state[own] for state in of]) for of in (states, others))
         if module.weight_dropout and module.training:
             for position in range(1, directions * slots, slots):
                 weights[position] = torch.dropout(weights[position], module.weight_dropout, True)
-        masks = _masks(module, x, firsts)
-        others = () if resets is None else tuple(state[own] for state in resets)
+        if module._noisy:
+            masks = _masks(module, x, firsts)
         extras = Extras(lengths, reset, *others, *(None,) * (2 - len(others)), *masks)
-        keep_cells = all_states and module._gates == 4
         found = extended.layer(operator, (x, *firsts, *weights), batch_sizes, extras, options, keep_cells)
         x = found[0]
         finals.append(found[1 : 1 + len(states)])
         if all_states:
-            every_h.append(_own(x))
+            every_h.append(_own(module, x))
         if keep_cells:
             every_c.append(extended.side_by_side(found[-1], x))
-    y = every_h[-1] if all_states else _own(x)
-    return y, [torch.cat(of_layers) for of_layers in zip(*finals, strict=True)], every_h, every_c
+    y = every_h[-1] if all_states else _own(module, x)
+    ends = finals[0] if len(finals) == 1 else [torch.cat(of_layers) for of_layers in zip(*finals, strict=True)]
+    return y, list(ends), every_h, every_c
 
 
-def _own(y: Tensor) -> Tensor:
-    """The derivative reads y, and a program may change in place what it was given: a copy, if there is a derivative."""
-    return y.clone() if y.requires_grad else y
+def _own(module: Any, y: Tensor) -> Tensor:
+    """A copy of y where modules.py makes one: the derivative reads y, which a program may change in place."""
+    onednn = module._gates == 4 and y.dtype is torch.float32 and not module.bidirectional and not module.proj_size
+    return y.clone() if y.requires_grad and not onednn else y
 
 
 def _masks(module: Any, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

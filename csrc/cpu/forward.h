@@ -152,9 +152,11 @@ class ForwardSweep {
   int64_t project(int64_t s) {
     int64_t end = s;
     chunk_rows_ = 0;
+    whole_ = rows_.whole(rows_.time(s));
     do {
       chunk_rows_ += rows_.active(rows_.time(end++));
-    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows);
+    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows &&
+             rows_.whole(rows_.time(end)) == whole_);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
 
     TileArgs<Scalar> args{};
@@ -268,7 +270,8 @@ class ForwardSweep {
         piece.row = row;
         piece.index = rows_.index(t, row);
         piece.t = t;
-        piece.x = in(task_.x_gates) + (at + row) * x_gates_row_ + (piece.unit - first_unit_) * G;
+        piece.x = in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ +
+                  (piece.unit - first_unit_) * G;
         if (n == kAtOnce) {
           activate_pieces<kAtOnce>(pieces, which);
           n = 0;
@@ -401,6 +404,7 @@ class ForwardSweep {
   const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
   const bool lazy_;                          // panels are packed at their first use
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
+  bool whole_ = false;  // the chunk has its rows in the order of the batch
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };
 

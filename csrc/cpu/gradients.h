@@ -302,7 +302,7 @@ class Gradients {
     Cursor(const LayerForward& layer, const int64_t* first_row, int d)
         : layer_(layer),
           direction_(layer.direction[d]),
-          rows_(layer, d, Team{0, 1, false, nullptr}, first_row),
+          rows_(layer, d, Team{0, 1, false, false, nullptr}, first_row),
           d_(d) {}
 
     void collect(int64_t rows, const Scalar** x, const Scalar** h, const Scalar** mask, int64_t r) {

@@ -25,6 +25,7 @@ void wait(Barrier* barrier, int members);
 struct Team {
   int member, members;
   bool split_units;
+  bool deals;  // rows go to the members in turn, and not in blocks: their lengths differ
   Barrier* barrier;
 };
 
