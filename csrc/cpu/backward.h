@@ -205,7 +205,11 @@ class BackwardSweep {
           k0 = k1;
         } while (k0 < k_size);
         if (!layer_.P && active) settle(begin, row, p, buffer_);
-        differentiate(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        if (layer_.zoneout_h.data || layer_.zoneout_c.data) {
+          differentiate<1, true>(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        } else {
+          differentiate<kAtOnce, false>(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        }
       }
     }
   }
@@ -294,11 +298,12 @@ class BackwardSweep {
     return in(all) + rows_.index(t_previous, row) * row_size + offset;
   }
 
-  // The derivative of the cell for m rows and `blocks` unit blocks, kAtOnce pieces of one row and one block at a time;
-  // what came through W_hh (or W_hr) waits in buffer_.
+  // The derivative of the cell for m rows and `blocks` unit blocks, kTogether pieces of one row and one block at a
+  // time; what came through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
+  template <int kTogether, bool kBlends>
   __attribute__((noinline)) void differentiate(int64_t t, int64_t first, int m, int64_t block, int blocks) {
     const int64_t y_offset = task_.direction * r_;
-    Piece pieces[kAtOnce];
+    Piece pieces[kTogether];
     int n = 0;
     for (int j = 0; j < m; ++j) {
       Piece piece;
@@ -315,13 +320,13 @@ class BackwardSweep {
         piece.sum = buffer_ + (j * blocks + k) * L;
         piece.before = before + piece.unit;
         pieces[n++] = piece;
-        if (n == kAtOnce) {
-          differentiate_pieces<kAtOnce>(pieces);
+        if (n == kTogether) {
+          differentiate_pieces<kTogether, kBlends>(pieces);
           n = 0;
         }
       }
     }
-    for (int j = 0; j < n; ++j) differentiate_pieces<1>(pieces + j);
+    for (int j = 0; j < n; ++j) differentiate_pieces<1, kBlends>(pieces + j);
   }
 
   struct Piece {
@@ -330,13 +335,12 @@ class BackwardSweep {
     int64_t packed, t;           // row of the gradients of the gates; time
   };
 
-  template <int K>
+  template <int K, bool kBlends>
   inline __attribute__((always_inline)) void differentiate_pieces(const Piece* pieces) {
     using W = Group<V, K>;
     W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
     W d[Cell::kStored], d_prev[Cell::kStates];
     const int64_t H = layer_.H, y_offset = task_.direction * r_;
-    const bool blends = (layer_.zoneout_h.data && !layer_.P) || layer_.zoneout_c.data;
     int lanes[K];
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
@@ -370,7 +374,7 @@ class BackwardSweep {
         next[0].v[j.value] = load_lanes<V>(in(layer_.y) + piece.index * y_row_ + y_offset + piece.unit, lanes[j.value]);
       }
     });
-    if (!blends) {
+    if constexpr (!kBlends) {
       Cell::backward(d_next, saved, prev, next, d, d_prev);
     } else {
       W stayed[Cell::kStates];

@@ -32,7 +32,8 @@ class ForwardSweep {
         h_row_(padded(r_)),
         c_row_(padded(layer_.H)),
         y_row_(layer_.D * r_),
-        lazy_(task.team.members == 1 || task.team.split_units) {
+        lazy_(task.team.members == 1 || task.team.split_units),
+        noisy_(direction_.h_mask || layer_.zoneout_h.data || layer_.zoneout_c.data) {
     const int64_t member = task.team.member, members = task.team.members;
     pack_first_ = units_.count * member / members;
     pack_last_ = units_.count * (member + 1) / members;
@@ -249,17 +250,23 @@ class ForwardSweep {
           }
           Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
         }
-        activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
+        const int m = static_cast<int>(end - begin), blocks = np * nv / G;
+        if (noisy_) {
+          activate<1, true>(t, begin, m, block, blocks, at, which);
+        } else {
+          activate<kAtOnce, false>(t, begin, m, block, blocks, at, which);
+        }
       }
     }
     if (layer_.P) project_h(t, n, which);
   }
 
   // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_. Pieces of one row and one block are
-  // taken kAtOnce at a time.
+  // taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody else shall pay for.
+  template <int kTogether, bool kNoisy>
   __attribute__((noinline)) void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
                                           int which) {
-    Piece pieces[kAtOnce];
+    Piece pieces[kTogether];
     int n = 0;
     for (int j = 0; j < m; ++j) {
       const int64_t row = first + j;
@@ -272,13 +279,13 @@ class ForwardSweep {
         piece.t = t;
         piece.x = in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ +
                   (piece.unit - first_unit_) * G;
-        if (n == kAtOnce) {
-          activate_pieces<kAtOnce>(pieces, which);
+        if (n == kTogether) {
+          activate_pieces<kTogether, kNoisy>(pieces, which);
           n = 0;
         }
       }
     }
-    for (int j = 0; j < n; ++j) activate_pieces<1>(pieces + j, which);
+    for (int j = 0; j < n; ++j) activate_pieces<1, kNoisy>(pieces + j, which);
   }
 
   struct Piece {
@@ -299,7 +306,7 @@ class ForwardSweep {
     (h * mask).store(out(task_.masked_h[which ^ 1]) + row * h_row_ + unit);
   }
 
-  template <int K>
+  template <int K, bool kNoisy>
   inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
     using W = Group<V, K>;
     W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
@@ -321,23 +328,29 @@ class ForwardSweep {
       const Piece& piece = pieces[j.value];
       const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
       V h = next[0].v[j.value];
-      if (layer_.zoneout_h.data && !layer_.P) {
-        const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
-        h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
+      if constexpr (kNoisy) {
+        if (layer_.zoneout_h.data && !layer_.P) {
+          const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+          h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
+        }
       }
       if (layer_.P) {
         h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
       } else {
         h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
         store_lanes(h, out(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
-        if (direction_.h_mask) store_masked(h, piece.row, piece.unit, lanes, which);
+        if constexpr (kNoisy) {
+          if (direction_.h_mask) store_masked(h, piece.row, piece.unit, lanes, which);
+        }
       }
       if constexpr (Cell::kStates == 2) {
         V c = next[1].v[j.value];
-        if (layer_.zoneout_c.data) {
-          const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
-          const int64_t column = task_.direction * layer_.H + piece.unit;
-          c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
+        if constexpr (kNoisy) {
+          if (layer_.zoneout_c.data) {
+            const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+            const int64_t column = task_.direction * layer_.H + piece.unit;
+            c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
+          }
         }
         c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
         if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
@@ -403,6 +416,7 @@ class ForwardSweep {
   const Panels units_;
   const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
   const bool lazy_;                          // panels are packed at their first use
+  const bool noisy_;
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
   bool whole_ = false;  // the chunk has its rows in the order of the batch
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
