@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One layer with lengths, resets or masks: which rung it takes and through which door; autograd.py's counterpart for
-the calls that have such extras. Called by functional.py and noise.py.
+the calls that have such extras. Called by functional.py and sequences.py.
 
 The rungs: the kernels where they take the tensors; else extras.reference_layer(), since torch.nn has none of this.
 """

@@ -52,7 +52,6 @@ class _Stack(nn.RNNBase):
     _gates = 1
 
     # Options for noise, set on an instance where they are not zero: modules pickled before there were any have none.
-    _noisy = False
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout = 0.0
     weight_dropout = 0.0
@@ -133,7 +132,8 @@ class _Stack(nn.RNNBase):
         Raises:
             ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
         """
-        if lengths is not None or reset is not None or reset_state is not None or return_all_states or self._noisy:
+        noisy = self.zoneout or self.recurrent_dropout or self.weight_dropout
+        if noisy or return_all_states or not (lengths is reset is reset_state is None):
             return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input

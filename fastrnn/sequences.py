@@ -47,8 +47,6 @@ def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout:
         value = probability(name, option, value)
         if value:
             setattr(module, option, value)
-    if noise_repr(module):
-        module._noisy = True
 
 
 def noise_repr(module: Any) -> str:
@@ -179,6 +177,7 @@ def _stack(
     options = (module.mode == "RNN_RELU",) if module._gates == 1 else ()
     dropout = module.dropout if module.training else 0.0
     keep_cells = all_states and module._gates == 4
+    noisy = module.zoneout or module.recurrent_dropout
     masks: tuple[Tensor | None, ...] = (None, None, None)
     finals, every_h, every_c = [], [], []
     for index, weights in enumerate(module._layer_weights()):
@@ -192,7 +191,7 @@ def _stack(
         if module.weight_dropout and module.training:
             for position in range(1, directions * slots, slots):
                 weights[position] = torch.dropout(weights[position], module.weight_dropout, True)
-        if module._noisy:
+        if noisy:
             masks = _masks(module, x, firsts)
         extras = Extras(lengths, reset, *others, *(None,) * (2 - len(others)), *masks)
         found = extended.layer(operator, (x, *firsts, *weights), batch_sizes, extras, options, keep_cells)

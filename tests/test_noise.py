@@ -256,6 +256,19 @@ def test_options_are_shown_only_if_set_and_are_no_state(cell):
 
 
 @every_cell
+def test_options_may_be_changed_as_dropout_may(cell):
+    module, other = noisy(cell), noisy(cell, recurrent_dropout=0.5)
+    module.recurrent_dropout = 0.5
+    x, results = torch.randn(6, 3, 4), []
+    for each in (module, other):
+        torch.manual_seed(2)
+        results.append(each(x)[0])
+    assert torch.equal(*results)
+    module.recurrent_dropout = 0.0
+    assert torch.equal(module(x)[0], noisy(cell)(x)[0])
+
+
+@every_cell
 def test_module_pickled_before_the_options_has_none(cell):
     module = noisy(cell)
     assert not vars(module).keys() & {"zoneout", "recurrent_dropout", "weight_dropout"}
