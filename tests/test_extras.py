@@ -196,6 +196,26 @@ def test_functional_form_with_extras_compiles_to_one_graph(cell):
 
 
 @every_cell
+def test_module_with_extras_and_noise_compiles_whole_inside_fullgraph(cell):
+    torch._dynamo.reset()
+    module, _ = twins(cell, 4, 5, num_layers=2, bidirectional=True)
+    module.zoneout, module.recurrent_dropout, module.weight_dropout = 0.1, 0.2, 0.3
+    x, lengths, reset = torch.randn(6, 3, 4), torch.tensor([2, 6, 0]), torch.rand(6, 3) < 0.3
+
+    def run(x: Tensor, lengths: Tensor, reset: Tensor) -> Any:
+        return module(x, lengths=lengths, reset=reset, return_all_states=True)
+
+    results = []
+    with fastrnn.fullgraph():
+        for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(1)
+            results.append(function(x, lengths, reset))
+    for one, other in zip(tensors_of(results[0]), tensors_of(results[1]), strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+
+
+@every_cell
 def test_transforms_with_extras(cell):
     layer = sample(cell, T=3, B=2, I=2, H=3, D=2)
     extras = extras_for(layer, GIVEN["everything"])
