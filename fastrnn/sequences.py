@@ -198,7 +198,7 @@ def _stack(
         x = found[0]
         finals.append(found[1 : 1 + len(states)])
         if all_states:
-            every_h.append(_own(module, x))
+            every_h.append(x.clone() if x.requires_grad else x)
         if keep_cells:
             every_c.append(extended.side_by_side(found[-1], x))
     y = every_h[-1] if all_states else _own(module, x)
