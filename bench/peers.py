@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
 
 from .check import Outputs
 from .shapes import GATES, Shape
@@ -36,10 +38,15 @@ class Problem:
     shape: Shape
     pass_: str
     x: Tensor  # [T, B, I]
-    lengths: Tensor | None  # [B], for the packed passes
+    lengths: Tensor | None  # [B], for the packed passes and those with lengths
     state: State  # for the passes of one step: h, or (h, c), each [D*L, B, R or H]
     d_y: Tensor  # cotangent of y, or of y.data where packed
     weights: dict[str, Tensor]
+    reset: Tensor | None = None  # [T, B], for the passes with resets
+
+    @property
+    def packed(self) -> bool:
+        return self.pass_.startswith("packed")
 
     @property
     def training(self) -> bool:
@@ -54,9 +61,7 @@ class Problem:
         state = tuple(s.double() for s in self.state) if isinstance(self.state, tuple) else self.state
         state = state.double() if isinstance(state, Tensor) else state
         weights = {name: weight.double() for name, weight in self.weights.items()}
-        return Problem(
-            self.cell, self.shape, self.pass_, self.x.double(), self.lengths, state, self.d_y.double(), weights
-        )
+        return replace(self, x=self.x.double(), state=state, d_y=self.d_y.double(), weights=weights)
 
 
 def build_module(library: ModuleType, cell: str, shape: Shape, dtype: torch.dtype) -> nn.RNNBase:
@@ -71,21 +76,34 @@ def make_problem(cell: str, shape: Shape, pass_: str, dtype: torch.dtype) -> Pro
     torch.manual_seed(0)
     weights = build_module(nn, cell, shape, dtype).state_dict()
     x = torch.randn(shape.T, shape.B, shape.I, dtype=dtype)
-    lengths = None
-    if pass_.startswith("packed"):
+    lengths = reset = None
+    if pass_.startswith("reset"):
+        reset = torch.rand(shape.T, shape.B) < 0.02
+    if pass_.startswith(("packed", "lengths")):
         lengths = torch.randint((shape.T + 3) // 4, shape.T + 1, (shape.B,))
         lengths[torch.randint(shape.B, ())] = shape.T
     state: State = None
     if shape.T == 1:
         h = torch.randn(shape.D * shape.L, shape.B, shape.R, dtype=dtype)
         state = (h, torch.randn(shape.D * shape.L, shape.B, shape.H, dtype=dtype)) if cell == "lstm" else h
-    rows = (shape.T, shape.B) if lengths is None else (int(lengths.sum()),)
+    rows = (int(lengths.sum()),) if pass_.startswith("packed") else (shape.T, shape.B)
     d_y = torch.randn(*rows, shape.D * shape.R, dtype=dtype)
-    return Problem(cell, shape, pass_, x, lengths, state, d_y, weights)
+    return Problem(cell, shape, pass_, x, lengths, state, d_y, weights, reset)
 
 
 def _packed(x: Tensor, lengths: Tensor) -> PackedSequence:
     return pack_padded_sequence(x, lengths, enforce_sorted=False)
+
+
+def _loop(module: nn.RNNBase, x: Tensor, reset: Tensor) -> tuple[Tensor, State]:
+    """What programs do with torch.nn where an episode may end: one call a step, the state zeroed in between."""
+    ys, state = [], None
+    for now, flags in zip(x, (~reset).to(x.dtype)[..., None], strict=True):
+        if state is not None:
+            state = tuple(s * flags for s in state) if isinstance(state, tuple) else state * flags
+        y, state = module(now[None], state)
+        ys.append(y)
+    return torch.cat(ys), state
 
 
 class TorchContender:
@@ -114,13 +132,26 @@ class TorchContender:
             return lambda: cell(x, state)
         if problem.state is not None:
             return lambda: module(problem.x, problem.state)
-        x = problem.x if problem.lengths is None else _packed(problem.x, problem.lengths)
-        return lambda: module(x)
+        call = self._call
+        x = _packed(problem.x, problem.lengths) if problem.packed else problem.x
+        return lambda: call(x, None)
+
+    def _call(self, x: Tensor | PackedSequence, state: State) -> tuple[Tensor | PackedSequence, State]:
+        """The module on the problem's input; fastrnn's takes lengths and resets, around torch.nn's stands the usual."""
+        problem, module = self._problem, self._module
+        if problem.packed or (problem.lengths is None and problem.reset is None):
+            return module(x, state)
+        if isinstance(module, (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)):
+            return module(x, state, lengths=problem.lengths, reset=problem.reset)
+        if problem.reset is not None:
+            return _loop(module, x, problem.reset)
+        y, final = module(_packed(x, problem.lengths), state)
+        return pad_packed_sequence(y, total_length=problem.shape.T)[0], final
 
     def _training_step(self) -> Callable[[], object]:
-        problem, module = self._problem, self._module
+        problem, module, call = self._problem, self._module, self._call
         x: Tensor | PackedSequence = problem.x.clone()
-        if problem.lengths is not None:
+        if problem.packed:
             x = _packed(x, problem.lengths)
             x = PackedSequence(x.data.detach(), x.batch_sizes, x.sorted_indices, x.unsorted_indices)
         data = x.data if isinstance(x, PackedSequence) else x
@@ -132,7 +163,7 @@ class TorchContender:
         def step() -> tuple[object, object]:
             for leaf in leaves:
                 leaf.grad = None
-            y, final = module(x, state)
+            y, final = call(x, state)
             torch.autograd.backward(y.data if isinstance(y, PackedSequence) else y, d_y)
             return y, final
 
@@ -163,6 +194,8 @@ def onnx_runtime_missing(problem: Problem) -> str:
         return "onnx or onnxruntime is not installed: pip install 'fastrnn[bench]'"
     if problem.training or problem.pass_ == "cell":
         return f"{problem.pass_}: inference of layers only"
+    if problem.reset is not None:
+        return "it has no resets"
     if problem.shape.P:
         return "its LSTM has no projection"
     return "" if problem.x.dtype == torch.float32 else "float32 only"
@@ -262,4 +295,4 @@ class OnnxContender:
         found = {o.name: torch.from_numpy(self._values[o.name].numpy().copy()) for o in self._session.get_outputs()}
         y = found["y"].permute(0, 2, 1, 3).flatten(2)
         lengths = self._problem.lengths
-        return {**found, "y": y if lengths is None else _packed(y, lengths).data}
+        return {**found, "y": _packed(y, lengths).data if self._problem.packed else y}

@@ -11,6 +11,10 @@ PASSES = {
     "training": "forward and backward, gradients of x and of every weight",
     "packed-inference": "inference on a PackedSequence, lengths uniform in T/4..T",
     "packed-training": "training on a PackedSequence, lengths uniform in T/4..T",
+    "lengths-inference": "inference on a padded batch, lengths uniform in T/4..T; torch.nn packs and pads",
+    "lengths-training": "training on a padded batch, lengths uniform in T/4..T; torch.nn packs and pads",
+    "reset-inference": "inference, the state zeroed at 2 % of the steps; torch.nn is called once a step",
+    "reset-training": "training, the state zeroed at 2 % of the steps; torch.nn is called once a step",
     "call": "one step of a layer from a given state, without gradient",
     "call-training": "one step of a layer from a given state, forward and backward",
     "cell": "one step of the cell module, without gradient",
@@ -18,7 +22,8 @@ PASSES = {
 CALLS = ("call", "call-training", "cell")  # passes of one step: latency, measured on one thread unless --full
 EVERY_CELL = tuple(GATES)
 LAYER = ("inference", "training")
-PACKED = ("inference", "training", "packed-inference", "packed-training")
+PACKED = ("inference", "training", "packed-inference", "packed-training", "lengths-inference", "lengths-training")
+EPISODES = ("inference", "training", "reset-inference", "reset-training")
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ def _deepbench_shapes() -> list[Shape]:
 
 _USAGE = [
     Shape("pytorch-fastrnns", 100, 64, 512, 512, "default of pytorch/benchmarks/fastrnns", quick=("lstm",)),
-    Shape("rl", 128, 16, 128, 128, "recurrent PPO: rollouts of 128 steps, 128 units", quick=EVERY_CELL),
-    Shape("rl-atari", 128, 8, 512, 128, "CleanRL ppo_atari_lstm.py: 8 environments, nn.LSTM(512, 128)", ("lstm",)),
+    Shape("rl", 128, 16, 128, 128, "recurrent PPO: 128 steps, 128 units", passes=EPISODES, quick=EVERY_CELL),
+    Shape("rl-atari", 128, 8, 512, 128, "CleanRL ppo_atari_lstm.py: nn.LSTM(512, 128)", ("lstm",), EPISODES),
     Shape("forecasting", 100, 64, 1, 40, "one time series, 40 units as in DeepAR", quick=EVERY_CELL),
     Shape("speech", 200, 16, 80, 256, "80 mel features, bidirectional acoustic model", quick=EVERY_CELL, D=2),
     Shape("language-model", 35, 20, 650, 650, "Zaremba et al. 2014, medium: 2 layers of 650", ("lstm",), L=2),

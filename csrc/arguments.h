@@ -32,25 +32,26 @@ struct LayerArguments {
   const Tensor* h0;           // [D, B, R]
   const Tensor* c0;           // [D, B, H], LSTM only
   Weights weights[2];         // forward, reverse; w_ih of the second decides D
-  const Tensor* lengths;      // in the schema, refused
+  const Tensor* lengths;      // [B], int64 on the CPU; not with batch_sizes
   const Tensor* batch_sizes;  // [T], int64 on the CPU
-  const Tensor* reset;        // in the schema, refused; likewise every pointer below
-  const Tensor* reset_h;
-  const Tensor* reset_c;
-  const Tensor* h_mask;
-  const Tensor* zoneout_h;
-  const Tensor* zoneout_c;
+  const Tensor* reset;        // [T, B], bool; not with batch_sizes
+  const Tensor* reset_h;      // [D, B, R], with reset
+  const Tensor* reset_c;      // [D, B, H], LSTM only, with reset_h
+  const Tensor* h_mask;       // [D, B, R]
+  const Tensor* zoneout_h;    // like y
+  const Tensor* zoneout_c;    // like y with D*H features, LSTM only
 };
 
 struct BackwardArguments {
   LayerArguments layer;
-  const Tensor* d_y;    // like y
-  const Tensor* d_h_n;  // [D, B, R]
-  const Tensor* d_c_n;  // [D, B, H], LSTM only
-  const Tensor* y;      // [T, B, D*R] or [N, D*R]
-  const Tensor* gates;  // [D, N, 4*padded(H)], not RNN
-  const Tensor* cells;  // [D, N, H], LSTM only
-  int64_t needs;        // bit k set: gradient k is wanted
+  const Tensor* d_y;      // like y
+  const Tensor* d_h_n;    // [D, B, R]
+  const Tensor* d_c_n;    // [D, B, H], LSTM only
+  const Tensor* d_cells;  // [D, N, H], LSTM only
+  const Tensor* y;        // [T, B, D*R] or [N, D*R]
+  const Tensor* gates;    // [D, N, 4*padded(H)], not RNN
+  const Tensor* cells;    // [D, N, H], LSTM only
+  int64_t needs;          // bit k set: gradient k is wanted
 };
 
 // What the checked arguments say about a layer.
@@ -58,6 +59,8 @@ struct Sizes {
   int64_t T, B, I, H, R, P, D, N;  // P = 0 without a projection
   const int64_t* batch_sizes;      // [T], null when padded
   Tensor batch_sizes_owner;        // keeps a contiguous copy alive; undefined when none was needed
+  const int64_t* lengths;          // [B], each from 0 to T; null when all are T
+  Tensor lengths_owner;            // likewise
 };
 
 struct LayerResults {
@@ -68,10 +71,10 @@ struct LayerResults {
   Tensor cells;  // [D, N, H], LSTM; [0] when not saved
 };
 
-// Gradients in the order of the schema: x, h0, (c0), then per direction w_ih, w_hh, b_ih, b_hh, (w_hr), where those in
-// brackets are LSTM's. One that is not wanted, or whose tensor was not given, is [0].
-constexpr int kMaxGradients = 13;
-constexpr int gradient_count(Cell cell) { return cell == Cell::lstm ? 13 : 10; }
+// Gradients in the order of the schema: x, h0, (c0), then per direction w_ih, w_hh, b_ih, b_hh, (w_hr), then reset_h,
+// (reset_c), where those in brackets are LSTM's. One that is not wanted, or whose tensor was not given, is [0].
+constexpr int kMaxGradients = 15;
+constexpr int gradient_count(Cell cell) { return cell == Cell::lstm ? kMaxGradients : 11; }
 using Gradients = std::array<Tensor, kMaxGradients>;
 
 namespace cpu {

@@ -3,7 +3,7 @@
 //   fastrnn.lstm_layer: w_hh must be [4*H, R] = [256, 64], got [256, 128]
 // A tensor that passes can be read through its pointer, sizes and strides: the kernels below check nothing again.
 // Types of exceptions are torch.nn's: ValueError for the rank of x and for weights of another dtype than x,
-// NotImplementedError for what is not built yet, RuntimeError for everything else.
+// RuntimeError for everything else.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -42,7 +42,6 @@ class Checker {
   // Checks every argument of a forward call and returns what they say about the layer.
   Sizes layer() {
     const LayerArguments& a = arguments_;
-    refuse_unsupported();
     readable("x", a.x);
     dtype_ = a.x->scalar_type();
     if (dtype_ != at::kFloat && dtype_ != at::kDouble && dtype_ != at::kBFloat16 && dtype_ != at::kHalf) {
@@ -90,6 +89,11 @@ class Checker {
     operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
     if (a.cell == Cell::lstm) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
     weights(s);
+    if (a.lengths != nullptr) lengths(s);
+    resets(s);
+    if (a.h_mask != nullptr) operand("h_mask", a.h_mask, "[D, B, R]", {s.D, s.B, s.R});
+    if (a.zoneout_h != nullptr) like_y("zoneout_h", a.zoneout_h, s, "[T, B, D*R]", "[N, D*R]", s.D * s.R);
+    if (a.zoneout_c != nullptr) like_y("zoneout_c", a.zoneout_c, s, "[T, B, D*H]", "[N, D*H]", s.D * s.H);
     return s;
   }
 
@@ -99,17 +103,8 @@ class Checker {
     if (b.needs < 0 || b.needs >= int64_t{1} << gradient_count(a.cell)) {
       fail("needs must be in [0, 2^", gradient_count(a.cell), "), got ", b.needs);
     }
-    const bool padded = s.batch_sizes == nullptr;
-    const char* rule = padded ? "[T, B, D*R]" : "[N, D*R]";
-    const auto like_y = [&](const char* name, const Tensor* tensor) {
-      if (padded) {
-        operand(name, tensor, rule, {s.T, s.B, s.D * s.R});
-      } else {
-        operand(name, tensor, rule, {s.N, s.D * s.R});
-      }
-    };
-    like_y("y", b.y);
-    if (b.d_y != nullptr) like_y("d_y", b.d_y);
+    like_y("y", b.y, s, "[T, B, D*R]", "[N, D*R]", s.D * s.R);
+    if (b.d_y != nullptr) like_y("d_y", b.d_y, s, "[T, B, D*R]", "[N, D*R]", s.D * s.R);
     if (b.d_h_n != nullptr) operand("d_h_n", b.d_h_n, "[D, B, R]", {s.D, s.B, s.R});
     if (b.d_c_n != nullptr) operand("d_c_n", b.d_c_n, "[D, B, H]", {s.D, s.B, s.H});
 
@@ -118,6 +113,7 @@ class Checker {
       operand("gates", b.gates, "[D, N, 4*padded(H)]", {s.D, s.N, cpu::saved_per_unit(a.cell) * cpu::padded(s.H)});
     }
     if (a.cell == Cell::lstm) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
+    if (b.d_cells != nullptr) operand("d_cells", b.d_cells, "[D, N, H]", {s.D, s.N, s.H});
   }
 
  private:
@@ -128,18 +124,6 @@ class Checker {
   template <class... Parts>
   [[noreturn]] C10_NOINLINE void fail_value(const Parts&... parts) const {
     C10_THROW_ERROR(ValueError, c10::str("fastrnn.", arguments_.name, ": ", parts...));
-  }
-
-  void refuse_unsupported() const {
-    const LayerArguments& a = arguments_;
-    const auto refuse = [&](const char* name, const Tensor* tensor) {
-      if (tensor != nullptr) {
-        C10_THROW_ERROR(NotImplementedError, c10::str("fastrnn.", a.name, ": ", name, " is not supported yet"));
-      }
-    };
-    refuse("lengths", a.lengths), refuse("reset", a.reset), refuse("reset_h", a.reset_h);
-    refuse("reset_c", a.reset_c), refuse("h_mask", a.h_mask), refuse("zoneout_h", a.zoneout_h);
-    refuse("zoneout_c", a.zoneout_c);
   }
 
   void bound(const char* letter, int64_t size) const {
@@ -204,6 +188,52 @@ class Checker {
     for (int k = 0; k < 4; ++k) {
       if (rest[k] != nullptr) fail(kNames[1][k + 1], " is given without w_ih_reverse");
     }
+  }
+
+  // A tensor with a row of `features` for each step of each sequence.
+  void like_y(const char* name, const Tensor* tensor, const Sizes& s, const char* padded, const char* packed,
+              int64_t features) const {
+    if (s.batch_sizes == nullptr) {
+      operand(name, tensor, padded, {s.T, s.B, features});
+    } else {
+      operand(name, tensor, packed, {s.N, features});
+    }
+  }
+
+  void lengths(Sizes& s) const {
+    const Tensor& tensor = *arguments_.lengths;
+    if (arguments_.batch_sizes != nullptr) fail("lengths and batch_sizes must not both be given");
+    readable("lengths", &tensor);
+    if (tensor.scalar_type() != at::kLong) fail("lengths must be int64, got ", dtype_name(tensor.scalar_type()));
+    if (!tensor.sizes().equals({s.B})) fail("lengths must be [B] = ", IntArrayRef({s.B}), ", got ", tensor.sizes());
+    s.lengths_owner = tensor.clone(at::MemoryFormat::Contiguous);  // nobody writes to it after the checks
+    const int64_t* const values = s.lengths_owner.const_data_ptr<int64_t>();
+    bool whole = true;
+    for (int64_t b = 0; b < s.B; ++b) {
+      if (values[b] < 0 || values[b] > s.T) {
+        fail("lengths must be from 0 to T = ", s.T, ", got ", values[b], " for sequence ", b);
+      }
+      whole = whole && values[b] == s.T;
+    }
+    s.lengths = whole ? nullptr : values;
+  }
+
+  void resets(const Sizes& s) const {
+    const LayerArguments& a = arguments_;
+    const bool lstm = a.cell == Cell::lstm;
+    if (a.reset == nullptr) {
+      if (a.reset_h != nullptr || a.reset_c != nullptr) fail("reset_h and reset_c are given without reset");
+      return;
+    }
+    if (a.batch_sizes != nullptr) fail("reset and batch_sizes must not both be given; lengths go with reset");
+    readable("reset", a.reset);
+    if (a.reset->scalar_type() != at::kBool) fail("reset must be bool, got ", dtype_name(a.reset->scalar_type()));
+    if (!a.reset->sizes().equals({s.T, s.B})) {
+      fail("reset must be [T, B] = ", IntArrayRef({s.T, s.B}), ", got ", a.reset->sizes());
+    }
+    if (lstm && (a.reset_h == nullptr) != (a.reset_c == nullptr)) fail("reset_h and reset_c must be given together");
+    if (a.reset_h != nullptr) operand("reset_h", a.reset_h, "[D, B, R]", {s.D, s.B, s.R});
+    if (a.reset_c != nullptr) operand("reset_c", a.reset_c, "[D, B, H]", {s.D, s.B, s.H});
   }
 
   // batch_sizes decides T and B of a packed layer: positive, not increasing, sum N.

@@ -37,8 +37,8 @@
 #define D_WEIGHTS_REVERSE \
   "Tensor d_w_ih_reverse, Tensor d_w_hh_reverse, Tensor d_b_ih_reverse, Tensor d_b_hh_reverse"
 #define LSTM_GRADIENTS "(Tensor d_x, Tensor d_h0, Tensor d_c0, " \
-  D_WEIGHTS ", Tensor d_w_hr, " D_WEIGHTS_REVERSE ", Tensor d_w_hr_reverse)"
-#define GRU_GRADIENTS "(Tensor d_x, Tensor d_h0, " D_WEIGHTS ", " D_WEIGHTS_REVERSE ")"
+  D_WEIGHTS ", Tensor d_w_hr, " D_WEIGHTS_REVERSE ", Tensor d_w_hr_reverse, Tensor d_reset_h, Tensor d_reset_c)"
+#define GRU_GRADIENTS "(Tensor d_x, Tensor d_h0, " D_WEIGHTS ", " D_WEIGHTS_REVERSE ", Tensor d_reset_h)"
 #define RNN_GRADIENTS GRU_GRADIENTS
 
 TORCH_LIBRARY(fastrnn, m) {
@@ -49,7 +49,7 @@ TORCH_LIBRARY(fastrnn, m) {
   m.def("rnn_layer(" RNN_INPUTS ", bool relu, bool save) -> (Tensor y, Tensor h_n)", tags);
 
   m.def("lstm_layer_backward(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, " LSTM_INPUTS ", "
-        "Tensor y, Tensor gates, Tensor cells, int needs) -> " LSTM_GRADIENTS, tags);
+        "Tensor y, Tensor gates, Tensor cells, int needs, Tensor? d_cells=None) -> " LSTM_GRADIENTS, tags);
   m.def("gru_layer_backward(Tensor? d_y, Tensor? d_h_n, " GRU_INPUTS ", "
         "Tensor y, Tensor gates, int needs) -> " GRU_GRADIENTS, tags);
   m.def("rnn_layer_backward(Tensor? d_y, Tensor? d_h_n, " RNN_INPUTS ", "
@@ -65,7 +65,7 @@ namespace {
 using Given = const Tensor&;                 // Tensor
 using Maybe = const std::optional<Tensor>&;  // Tensor?
 
-constexpr int kMostArguments = 28;  // of lstm_layer_backward
+constexpr int kMostArguments = 29;  // of lstm_layer_backward
 
 // Takes up the arguments of one call and hands them out again in the order of the schema.
 class Reader {
@@ -123,6 +123,7 @@ class Reader {
     b.y = tensor();
     if (cpu::saved_per_unit(cell) != 0) b.gates = tensor();
     if (lstm) b.cells = tensor();
+    if (lstm) b.d_cells = tensor();
     return b;
   }
 
@@ -245,9 +246,8 @@ void for_each_operator(Define define) {
   define("lstm_layer", &Operator<lstm_layer, decltype(lstm_inputs + flag)>::call);
   define("gru_layer", &Operator<gru_layer, decltype(gru_inputs + flag)>::call);
   define("rnn_layer", &Operator<rnn_layer, decltype(rnn_inputs + flag + flag)>::call);
-  define(
-      "lstm_layer_backward",
-      &Operator<lstm_layer_backward, decltype(lstm_cotangents + lstm_inputs + given + given + given + integer)>::call);
+  define("lstm_layer_backward", &Operator<lstm_layer_backward, decltype(lstm_cotangents + lstm_inputs + given + given +
+                                                                        given + integer + maybe)>::call);
   define("gru_layer_backward",
          &Operator<gru_layer_backward, decltype(gru_cotangents + gru_inputs + given + given + integer)>::call);
   define("rnn_layer_backward",

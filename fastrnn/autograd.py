@@ -110,7 +110,7 @@ def _save(ctx: Any, arguments: Sequence[Any], outputs: tuple[Tensor, ...], resul
     """Keeps what backward() needs: the tensors, batch_sizes, y and the buffers. Returns y and the final states."""
     ctx.save_for_backward(*arguments, outputs[0], *outputs[results:])
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.saved, ctx.direct = options, True, True
+    ctx.options, ctx.saved, ctx.direct, ctx.extended = options, True, True, False
     return outputs[:results]
 
 

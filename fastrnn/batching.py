@@ -30,8 +30,9 @@ def batched(operator: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[t
     recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     arguments.append(save or recorded)
     results = operator.results
-    packed = arguments[operator.tensors + 1] is not None
-    if packed or any(dim is not None for dim in in_dims[results:]):
+    given = arguments[operator.tensors : operator.tensors + 2 + operator.after_batch_sizes]
+    extended = any(extra is not None for extra in given)  # ragged batches, resets, masks: of one member each
+    if extended or any(dim is not None for dim in in_dims[results:]):
         return _one_by_one(operator, info.batch_size, in_dims, arguments)
     return _folded(operator, info.batch_size, in_dims, arguments)
 

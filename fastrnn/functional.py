@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, extended, operators
 
 Weights = Sequence[Tensor | None]
 _WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
@@ -26,7 +26,14 @@ def lstm(
     weights: Weights,
     reverse_weights: Weights | None = None,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """One LSTM layer over a whole sequence.
 
     Args:
@@ -37,13 +44,24 @@ def lstm(
             None.
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        lengths: int64 [B], steps of each sequence of a padded batch, from 0 to T in any order; on the CPU or x's
+            device. What lies behind the end is not read; y is zero there, and the final state is that at the end.
+        reset: bool [T, B], where the state before step t is replaced; in the reverse direction the state on its way
+            from step t to step t-1. Not with batch_sizes.
+        reset_state: (h, c), what replaces it, [D, B, R] and [D, B, H]; zeros if None.
+        h_mask: [D, B, R], multiplies the h that W_hh multiplies, and no other (recurrent dropout).
+        zoneout_h: [T, B, D*R] or [N, D*R], how much of h before a step stays, from 0 to 1: 0 and 1 drawn at random in
+            training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
+        zoneout_c: the same for c, [T, B, D*H] or [N, D*H].
+        return_all_states: whether the states at every step are returned, too.
     Returns:
         y: [T, B, D*R] or [N, D*R], h at every step. state: (h, c) after the last step, h [D, B, R], c [D, B, H].
+        With return_all_states also (h, c) at every step: y, and c [T, B, D*H] or [N, D*H].
         Differentiable any number of times: once by kernels, further through reference.py.
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
+        RuntimeError: the numbers in batch_sizes or lengths do not fit x, found by the kernel.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000 and the projection of Sak et al.
         2014; equations of torch.nn.LSTM.
     """
@@ -58,6 +76,12 @@ def lstm(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("lstm", x, states, ("h", "c"), directions, batch_sizes)
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is zoneout_c is None):
+        zoneouts = (zoneout_h, zoneout_c)
+        extras = extended.given("lstm", x, states, batch_sizes, lengths, reset, reset_state, h_mask, zoneouts)
+        tensors = (x, *states, *directions[0], *directions[1])
+        y, h, c, *cells = extended.layer(operators.LSTM, tensors, batch_sizes, extras, (), return_all_states)
+        return (y, (h, c), (y, extended.side_by_side(cells[0], y))) if return_all_states else (y, (h, c))
     if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
@@ -72,7 +96,13 @@ def gru(
     weights: Weights,
     reverse_weights: Weights | None = None,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """One GRU layer over a whole sequence.
 
     Args:
@@ -82,13 +112,23 @@ def gru(
             the order r z n. The biases may be None.
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        lengths: int64 [B], steps of each sequence of a padded batch, from 0 to T in any order; on the CPU or x's
+            device. What lies behind the end is not read; y is zero there, and the final state is that at the end.
+        reset: bool [T, B], where the state before step t is replaced; in the reverse direction the state on its way
+            from step t to step t-1. Not with batch_sizes.
+        reset_state: what replaces it, [D, B, H]; zeros if None.
+        h_mask: [D, B, H], multiplies the h that W_hh multiplies, and no other (recurrent dropout).
+        zoneout_h: [T, B, D*H] or [N, D*H], how much of h before a step stays, from 0 to 1: 0 and 1 drawn at random in
+            training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
+        return_all_states: whether the states at every step are returned, too.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
+        With return_all_states also h at every step, which is y.
         Differentiable any number of times: once by kernels, further through reference.py.
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
+        RuntimeError: the numbers in batch_sizes or lengths do not fit x, found by the kernel.
     Source: Cho et al. 2014, in the variant of torch.nn.GRU, which applies r to W_hn h + b_hn.
     """
     directions = _directions("gru", weights, reverse_weights, 4)
@@ -96,6 +136,11 @@ def gru(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("gru", x, states, ("state",), directions, batch_sizes)
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
+        extras = extended.given("gru", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
+        tensors = (x, *states, *directions[0], *directions[1])
+        y, h = extended.layer(operators.GRU, tensors, batch_sizes, extras, ())
+        return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
     return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)
@@ -109,7 +154,13 @@ def rnn(
     reverse_weights: Weights | None = None,
     nonlinearity: str = "tanh",
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    return_all_states: bool = False,
+) -> tuple[Any, ...]:
     """One Elman RNN layer over a whole sequence.
 
     Args:
@@ -120,14 +171,24 @@ def rnn(
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         nonlinearity: "tanh" or "relu".
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        lengths: int64 [B], steps of each sequence of a padded batch, from 0 to T in any order; on the CPU or x's
+            device. What lies behind the end is not read; y is zero there, and the final state is that at the end.
+        reset: bool [T, B], where the state before step t is replaced; in the reverse direction the state on its way
+            from step t to step t-1. Not with batch_sizes.
+        reset_state: what replaces it, [D, B, H]; zeros if None.
+        h_mask: [D, B, H], multiplies the h that W_hh multiplies, and no other (recurrent dropout).
+        zoneout_h: [T, B, D*H] or [N, D*H], how much of h before a step stays, from 0 to 1: 0 and 1 drawn at random in
+            training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
+        return_all_states: whether the states at every step are returned, too.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
+        With return_all_states also h at every step, which is y.
         Differentiable any number of times: once by kernels, further through reference.py.
     Raises:
         ValueError: a shape, dtype or device does not fit, or nonlinearity is neither of the two; the message names the
             argument.
         TypeError: an argument that must be a tensor, or a sequence of them, is not.
-        RuntimeError: the numbers in batch_sizes do not fit x, found by the kernel.
+        RuntimeError: the numbers in batch_sizes or lengths do not fit x, found by the kernel.
     Source: Elman 1990; equations of torch.nn.RNN.
     """
     if nonlinearity not in ("tanh", "relu"):
@@ -138,6 +199,11 @@ def rnn(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("rnn", x, states, ("state",), directions, batch_sizes)
+    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
+        extras = extended.given("rnn", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
+        tensors = (x, *states, *directions[0], *directions[1])
+        y, h = extended.layer(operators.RNN, tensors, batch_sizes, extras, (relu,))
+        return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
     return autograd.rnn_layer(x, *states, *directions[0], *directions[1], batch_sizes, relu)

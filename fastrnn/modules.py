@@ -9,12 +9,13 @@ take, so that nothing that works with torch.nn stops working here. The cells are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd
+from . import autograd, sequences
 
 Weights = list[Tensor | None]
 States = tuple[Tensor, ...]
@@ -49,6 +50,11 @@ class _Stack(nn.RNNBase):
 
     _weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
     _gates = 1
+
+    # Options for noise, set on an instance where they are not zero: modules pickled before there were any have none.
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout = 0.0
+    weight_dropout = 0.0
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         """One layer with its directions. x is [T, B, I] or packed [N, I]; returns y and the final states."""
@@ -90,23 +96,45 @@ class _Stack(nn.RNNBase):
                 layers.append(weights)
         return layers
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + sequences.noise_repr(self)
+
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | States | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor | States]:
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | States | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Tensor | States | None = None,
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Runs the layers over a whole sequence.
 
         Args:
             input: [T, B, I]; [B, T, I] with batch_first; [T, I] for one sequence without a batch; or a PackedSequence.
             hx: the initial states, [L*D, B, R] for h and [L*D, B, H] for c (without B for an unbatched input), with
                 R = proj_size if there is a projection, else H. An LSTM takes the pair (h, c). Zeros if not given.
+            lengths: int64 [B], steps of each sequence, from 0 to T in any order; on the CPU or the input's device. What
+                lies behind the end of a sequence is not read; y is zero there, and the final state is that at the end.
+            reset: bool [T, B], [B, T] with batch_first, [T] without a batch. Where it is set, the state before step t
+                is replaced, and no gradient crosses. In the reverse direction it is the state on its way from step t
+                to step t-1, so that a sequence falls into the same parts for both.
+            reset_state: what replaces it, in the form of hx; one row, [L*D, 1, R], stands for the whole batch. Zeros if
+                not given.
+            return_all_states: whether the states at every step are returned, too.
 
         Returns:
             (y, h_n), for an LSTM (y, (h_n, c_n)). y has the form of the input with D*R in place of I, the states have
-            the form of hx. Differentiable any number of times.
+            the form of hx. With return_all_states a third result: h at every step for each layer, a tuple of L tensors
+            of the form of y; for an LSTM the pair (h, c) of such tuples. Differentiable any number of times.
 
         Raises:
             ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
         """
+        noisy = self.zoneout or self.recurrent_dropout or self.weight_dropout
+        if noisy or return_all_states or not (lengths is reset is reset_state is None):
+            return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
         else:
@@ -262,6 +290,10 @@ class LSTM(_Stack, nn.LSTM):
         proj_size: P > 0 projects h from H to P features.
         device: where to create the parameters.
         dtype: their type.
+        zoneout: (p_h, p_c), probabilities with which an entry of h and of c keeps its value for a step in training; in
+            evaluation that share of it stays.
+        recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
+        weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
 
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
         equations, gate order (i f g o) and initial values of torch.nn.LSTM.
@@ -282,10 +314,15 @@ class LSTM(_Stack, nn.LSTM):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        zoneout: tuple[float, float] = (0.0, 0.0),
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
+        sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         y, h_n, c_n = autograd.lstm_layer(x, *states, *weights, batch_sizes)
@@ -318,6 +355,10 @@ class GRU(_Stack, nn.GRU):
         bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
         device: where to create the parameters.
         dtype: their type.
+        zoneout: probability with which an entry of h keeps its value for a step in training; in evaluation that share
+            of it stays.
+        recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
+        weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
 
     Source: Cho et al. 2014, in the variant of torch.nn.GRU: gates r z n, and r applied to W_hn h + b_hn.
     """
@@ -335,11 +376,16 @@ class GRU(_Stack, nn.GRU):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **refused: object,
     ) -> None:
         # refused: proj_size, to which torch.nn answers with a ValueError of its own
         options = {"device": device, "dtype": dtype, **refused}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **options)
+        sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         y, h_n = autograd.gru_layer(x, *states, *weights, batch_sizes)
@@ -360,6 +406,10 @@ class RNN(_Stack, nn.RNN):
         bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
         device: where to create the parameters.
         dtype: their type.
+        zoneout: probability with which an entry of h keeps its value for a step in training; in evaluation that share
+            of it stays.
+        recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
+        weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
 
     Source: Elman 1990; equations of torch.nn.RNN.
     """
@@ -376,6 +426,10 @@ class RNN(_Stack, nn.RNN):
         bidirectional: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **refused: object,
     ) -> None:
         # refused: proj_size, to which torch.nn answers with a ValueError of its own
@@ -383,6 +437,7 @@ class RNN(_Stack, nn.RNN):
         super().__init__(
             input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, **options
         )
+        sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         y, h_n = autograd.rnn_layer(x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")

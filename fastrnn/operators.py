@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 
 from . import extension, reference
 from .batching import batched, only_vmap_active
+from .extras import Extras, reference_layer
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -49,13 +50,20 @@ class Operator:
     tensors: int  # differentiable arguments, which come first; as many gradients come out of the backward operator
     results: int  # outputs that are differentiable: y and one or two final states
     buffers: int  # outputs after them, for the derivative alone: gates, and cells for an LSTM
-    after_batch_sizes: int  # extras that follow batch_sizes in the schema, none of them built yet
+    after_batch_sizes: int  # extras that follow batch_sizes in the schema
     options: int  # bools between the extras and save
     reference: Callable[..., tuple[Tensor, ...]]
 
     def extras(self, batch_sizes: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The extras, of which today only batch_sizes can be given."""
+        """The extras of a call that has batch_sizes at most."""
         return (None, batch_sizes, *(None,) * self.after_batch_sizes)
+
+    def extended_reference(
+        self, tensors: Sequence[Tensor | None], extras: Sequence[Tensor | None], options: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """The reference of a call with any extras; of an LSTM also c at every step."""
+        named, batch_sizes = Extras.of_arguments(extras)
+        return reference_layer(self.gates, tensors, batch_sizes, named, *options)
 
     @property
     def overload(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -80,9 +88,13 @@ RNN = Operator("rnn_layer", gates=1, tensors=10, results=2, buffers=0, after_bat
 def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of an operator's tensors, given those of y and the final states; both doors end here.
 
-    ctx.saved_tensors holds the tensors, batch_sizes, y and the buffers; ctx.options the operator's options; ctx.saved
-    whether the forward filled the buffers; ctx.direct whether it went past the dispatcher.
+    ctx.saved_tensors holds the tensors, batch_sizes (all extras if ctx.extended), y and the buffers; ctx.options the
+    operator's options; ctx.saved whether the forward filled the buffers; ctx.direct whether it went past the
+    dispatcher. If ctx.extended, the gradients may have that of c at every step behind them, and the result goes on with
+    the gradients of the extras.
     """
+    if ctx.extended:
+        return _extended_backward(operator, ctx, gradients)
     count = operator.tensors
     saved = ctx.saved_tensors  # read once: under checkpointing each read unpacks again
     tensors, (batch_sizes, y, *buffers) = saved[:count], saved[count:]
@@ -97,7 +109,11 @@ def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -
     if undefined:
         return (None,) * count
     if torch.is_grad_enabled() or transforms_active():  # create_graph, vmap of the backward, forward over reverse
-        return _differentiable_backward(operator, tensors, (batch_sizes, *ctx.options), gradients, wanted)
+
+        def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
+            return operator.reference(*entries, batch_sizes, *ctx.options)
+
+        return _differentiable_backward(again, tensors, gradients, wanted)
 
     extras = operator.extras(batch_sizes)
     if not ctx.saved:  # called through torch.ops with save=False although a gradient was needed: run it once more
@@ -110,18 +126,54 @@ def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -
         run = getattr(extension.module, operator.backward_name)
     else:
         run = getattr(torch.ops.fastrnn, operator.backward_name).default
-    found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs)
-    return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
+    d_cells = (None,) * (operator.results - 2)
+    found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs, *d_cells)
+    return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=False)])
+
+
+def _extended_backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """backward() of a call with extras, of which reset_h and reset_c are differentiable."""
+    count, given, states = operator.tensors, 2 + operator.after_batch_sizes, operator.results - 1
+    saved = ctx.saved_tensors
+    tensors, extras, (y, *buffers) = saved[:count], saved[count : count + given], saved[count + given :]
+    if not ctx.saved:
+        gradients = gradients[: operator.results]  # c at every step was not a result
+    first = 3  # reset_h: after lengths, batch_sizes and reset
+    wanted = (*ctx.needs_input_grad[:count], *ctx.needs_input_grad[count + first : count + first + states])
+    if all(gradient is None for gradient in gradients):
+        found: Sequence[Tensor | None] = (None,) * len(wanted)
+    elif torch.is_grad_enabled() or transforms_active():
+
+        def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
+            changed = (*extras[:first], *entries[count:], *extras[first + states :])
+            return operator.extended_reference(entries[:count], changed, ctx.options)
+
+        arguments = (*tensors, *extras[first : first + states])
+        found = _differentiable_backward(again, arguments, gradients, wanted)
+    else:
+        if not ctx.saved:
+            buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+        needs = sum(1 << position for position, want in enumerate(wanted) if want)
+        of_cells = gradients[operator.results :] if states == 2 else ()
+        plain = all(g is None or (type(g) is Tensor and not _is_legacy_batchedtensor(g)) for g in gradients)
+        direct = plain and ctx.direct and not is_compiling() and not _dispatch_modes()
+        name = operator.backward_name
+        run = getattr(extension.module, name) if direct else getattr(torch.ops.fastrnn, name).default
+        if direct and states == 2 and not of_cells:
+            of_cells = (None,)
+        found = run(*gradients[: operator.results], *tensors, *extras, y, *buffers, *ctx.options, needs, *of_cells)
+        found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    rest = given - first - states
+    return *found[:count], *(None,) * first, *found[count:], *(None,) * rest
 
 
 def _differentiable_backward(
-    operator: Operator,
+    again: Callable[..., tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
-    tail: Sequence[Any],
     gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients as a differentiable expression: the reference, recomputed and differentiated.
+    """The same gradients as a differentiable expression: the reference, `again`, recomputed and differentiated.
 
     Each tensor enters as an alias of its own. Without that, a gradient would also run through the arguments that depend
     on one another (h0 computed from x, one weight for both directions) and be counted twice.
@@ -129,8 +181,8 @@ def _differentiable_backward(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         entries = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
-        outputs = operator.reference(*entries, *tail)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+        outputs = again(*entries)
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=False) if g is not None and o.requires_grad]
         sought = [entry for entry, want in zip(entries, wanted, strict=True) if want]
         if not pairs or not sought:
             return (None,) * len(tensors)
@@ -147,19 +199,19 @@ def _differentiable_backward(
 
 
 def _register_derivative(operator: Operator) -> None:
-    count, results = operator.tensors, operator.results
-    undifferentiated = (None,) * (2 + operator.after_batch_sizes + operator.options + 1)
+    results = operator.results
+    given = operator.tensors + 2 + operator.after_batch_sizes
+    undifferentiated = (None,) * (operator.options + 1)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        buffers = output[results:]
-        ctx.save_for_backward(*inputs[:count], inputs[count + 1], output[0], *buffers)
-        ctx.mark_non_differentiable(*buffers)
+        ctx.save_for_backward(*inputs[:given], output[0], *output[results:])
+        ctx.mark_non_differentiable(*output[results : results + 1])  # gates; cells, c at every step, have a gradient
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[len(inputs) - 1 - operator.options : -1]
-        ctx.saved, ctx.direct = inputs[-1], False
+        ctx.options = inputs[given : given + operator.options]
+        ctx.saved, ctx.direct, ctx.extended = inputs[-1], False, True
 
     def backward_of_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(operator, ctx, gradients[:results]), *undifferentiated
+        return *backward(operator, ctx, (*gradients[:results], *gradients[results + 1 :])), *undifferentiated
 
     torch.library.register_autograd(f"fastrnn::{operator.name}", backward_of_all, setup_context=setup_context)
 
@@ -190,7 +242,9 @@ def _register_fakes(operator: Operator) -> None:
         return tuple(outputs)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors, needs = arguments[results : results + count], arguments[-1]
+        tensors, extras = arguments[results : results + count], arguments[results + count :]  # and what follows
+        needs = extras[2 + operator.after_batch_sizes + 1 + operator.buffers + operator.options]
+        tensors = (*tensors, *extras[3 : 2 + results])  # reset_h, reset_c
         x = tensors[0]
         return tuple(
             x.new_empty(tensor.shape if tensor is not None and needs >> position & 1 else (0,))

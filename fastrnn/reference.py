@@ -92,9 +92,12 @@ def gru_step(
     return _gru_step(linear(x, w_ih, b_ih), h, w_hh, b_hh)
 
 
-def _gru_step(projected: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+def _gru_step(
+    projected: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None, entering: Tensor | None = None
+) -> Tensor:
+    """entering: what W_hh multiplies, where that is not h itself (recurrent dropout)."""
     x_r, x_z, x_n = projected.chunk(3, dim=-1)
-    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=-1)
+    h_r, h_z, h_n = linear(h if entering is None else entering, w_hh, b_hh).chunk(3, dim=-1)
     r = torch.sigmoid(x_r + h_r)
     z = torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + r * h_n)

@@ -182,7 +182,7 @@ def test_undefined_gradients_reach_the_kernel_as_none(monkeypatch: pytest.Monkey
     original = extension.module.lstm_layer_backward
 
     def spy(*arguments: Any) -> Any:
-        seen.append((*(gradient is None for gradient in arguments[:3]), arguments[-1]))
+        seen.append((*(gradient is None for gradient in arguments[:3]), arguments[-2]))
         return original(*arguments)
 
     monkeypatch.setattr(extension.module, "lstm_layer_backward", spy)

@@ -77,9 +77,10 @@ def test_ragged_problem_has_lengths_between_a_quarter_and_all():
         (BOTH_WAYS, "inference"),
         (DEEP, "inference"),
         (BOTH_WAYS, "packed-inference"),
+        (BOTH_WAYS, "lengths-inference"),
         (STEP, "call"),
     ],
-    ids=["plain", "both-ways", "two-layers-both-ways", "packed", "one-step-from-a-state"],
+    ids=["plain", "both-ways", "two-layers-both-ways", "packed", "lengths", "one-step-from-a-state"],
 )
 @pytest.mark.parametrize("cell", GATES)
 def test_onnx_runtime_computes_what_torch_does(cell, shape, pass_):
@@ -104,7 +105,7 @@ def test_every_pass_has_the_outputs_it_is_checked_by(cell, pass_):
     assert ({"d_x", "d_weight_ih_l0", "d_weight_hh_l0", "d_bias_ih_l0", "d_bias_hh_l0"} <= names) == problem.training
 
 
-@pytest.mark.parametrize("pass_", ["inference", "packed-training"])
+@pytest.mark.parametrize("pass_", ["inference", "packed-training", "lengths-training", "reset-training"])
 def test_measure_gives_a_row_for_each_thread_count(pass_, monkeypatch):
     task = runner.Task(SMALL, "gru", pass_, (1, 2))
     monkeypatch.setattr(machine, "measure_peak", lambda threads, dtype: 100.0 * threads)

@@ -25,9 +25,11 @@ TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/la
 LAYERS = (
     ("_C", "_build"),
     ("extension", "reference", "batching"),
+    ("extras",),
     ("operators",),
     ("autograd",),
-    ("functional", "compiling"),
+    ("extended",),
+    ("functional", "compiling", "sequences"),
     ("modules",),
     ("cells", "convert"),
     ("explanation", "info"),

@@ -15,6 +15,9 @@
 //   forward(x, r, prev, next, saved)   x[G] = W_ih x + b_ih, r[G] = W_hh h + b_hh, prev[S], next[S], saved[kSaved]
 //   backward(d_next, saved, prev, next, d, d_prev)   d_next[S] = dL/dnext; d[kStored]; d_prev[S] holds what reaches the
 //            previous state other than through W_hh (the loops add d_r * W_hh to d_prev[0])
+//   candidate(saved, prev, next)   next as forward left it, computed again with the same bits: what was stored may be a
+//            blend with prev (zoneout). For cells that save something and whose backward reads next; the loops undo the
+//            blend of the others
 //   kProjects   whether h may be projected before it recurs; then unprojected(saved, next) gives h again in backward
 // Multiply-adds are written as V::fma wherever one is meant; the compiler must not contract the rest.
 #pragma once

@@ -32,6 +32,11 @@ struct Lstm {
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
 
+  template <class V>
+  FASTRNN_INLINE static void candidate(const V* saved, const V* prev, V* next) {
+    next[1] = V::fma(saved[1], prev[1], saved[0] * saved[2]);
+  }
+
   //   u = tanh(c')             dc' = d_next_c + dh' * o * (1 - u^2)
   //   d_i = dc' * g * i*(1-i)  d_f = dc' * c * f*(1-f)
   //   d_g = dc' * i * (1-g^2)  d_o = dh' * u * o*(1-o)

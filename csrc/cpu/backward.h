@@ -4,6 +4,9 @@
 //
 //   dL/dh[t] = d_y[t] + d_r[t+1] * W_hh + (what reaches h[t] past W_hh)        W_hh as it lies: no transpose
 //   with a projection h = W_hr m:   dL/dm[t] = dL/dh[t] * W_hr
+//   recurrent dropout, W_hh (mask * h):   the product with W_hh times the mask
+//   where the state before step t+1 is replaced:   dL/dh[t] = d_y[t], and the rest goes to what replaced it
+//   zoneout, s[t] = k*s[t-1] + (1-k)*s'[t]:   dL/ds' = (1-k) * dL/ds[t], and k * dL/ds[t] reaches s[t-1]
 #pragma once
 #include "group.h"
 #include "kernels.h"
@@ -49,6 +52,7 @@ class BackwardSweep {
     for (int64_t s = layer_.T - 1; s >= 0; --s) {
       const int64_t t = rows_.time(s), n = rows_.active(t), both = before < n ? before : n;
       if (n < before) finish(n, before);
+      reset_cells(0, both);
       if (layer_.P) {
         gather_d_h(t, 0, both, true);
         gather_d_h(t, both, n, false);
@@ -70,7 +74,7 @@ class BackwardSweep {
 
   void pack() {
     const int64_t H = layer_.H;
-    if (layer_.T > 1 || backward_.d_h0) {  // else no gradient goes through it
+    if (layer_.T > 1 || backward_.d_h0 || backward_.d_reset_h) {  // else no gradient goes through it
       const Scalar* w_hh = in(forward_.w_hh);
       pack_columns<V>(
           [&](int64_t k) {
@@ -113,7 +117,7 @@ class BackwardSweep {
     args.k = k1 - k0;
     args.chain = kChain;
     args.a = in(task_.d_gates);
-    if (k1 > k0) args.a += rows_.index(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H + k0;
+    if (k1 > k0) args.a += rows_.packed(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H + k0;
     args.a_row = d_row_ * rows_.stride();
     args.a_step = 1;
     args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H + k0 * nv * L;
@@ -122,6 +126,48 @@ class BackwardSweep {
     args.out = sums;
     args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
+  }
+
+  // What came through W_hh to rows [begin, end) and one panel, in `sums`: what is left of it after the mask, and after
+  // the replacement of the state, which takes all that would reach the state before it.
+  void settle(int64_t begin, int64_t end, int64_t panel, Scalar* sums) {
+    if (!forward_.h_mask && !rows_.resets()) return;
+    const int nv = static_cast<int>(states_.width(panel));
+    for (int64_t row = begin; row < end; ++row, sums += nv * L) {
+      const bool reset = rows_.reset(t_before_, row);
+      for (int v = 0; v < nv; ++v) {
+        const int64_t unit = (states_.first(panel) + v) * L;
+        const int lanes = r_ - unit < L ? static_cast<int>(r_ - unit) : L;
+        if (forward_.h_mask) {
+          const V mask = load_lanes<V>(in(forward_.h_mask) + rows_.batch(row) * r_ + unit, lanes);
+          (V::load(sums + v * L) * mask).store(sums + v * L);
+        }
+        if (!reset) continue;
+        Scalar* d_state = out(task_.d_state) + row * state_row_ + unit;
+        if (backward_.d_reset_h) {
+          Scalar* d_reset = out(backward_.d_reset_h) + rows_.batch(row) * r_ + unit;
+          const V through = V::load(sums + v * L) + V::load(d_state);
+          store_lanes(load_lanes<V>(d_reset, lanes) + through, d_reset, lanes);
+        }
+        V::zero().store(sums + v * L);
+        V::zero().store(d_state);
+      }
+    }
+  }
+
+  // Likewise what came to c of rows [from, to).
+  void reset_cells(int64_t from, int64_t to) {
+    if (Cell::kStates != 2 || !rows_.resets()) return;
+    for (int64_t row = from; row < to; ++row) {
+      if (!rows_.reset(t_before_, row)) continue;
+      Scalar* d_c = out(task_.d_c) + row * c_row_;
+      Scalar* d_reset = out(backward_.d_reset_c);
+      if (d_reset) d_reset += rows_.batch(row) * layer_.H;
+      for (int64_t j = first_unit(); j < end_unit() && j < layer_.H; ++j) {
+        if (d_reset) d_reset[j] += d_c[j];
+        d_c[j] = Scalar(0);
+      }
+    }
   }
 
   // Rows [from, to) of one step; `active`: they took part in the step after it. Panels in alternating order, as
@@ -158,7 +204,12 @@ class BackwardSweep {
           }
           k0 = k1;
         } while (k0 < k_size);
-        differentiate(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        if (!layer_.P && active) settle(begin, row, p, buffer_);
+        if (layer_.zoneout_h.data || layer_.zoneout_c.data) {
+          differentiate<1, true>(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        } else {
+          differentiate<kAtOnce, false>(t, begin, static_cast<int>(row - begin), panels.first(p), nv);
+        }
       }
     }
   }
@@ -183,13 +234,17 @@ class BackwardSweep {
     }
   }
 
+  V kept(const Strided& zoneout, int64_t t, int64_t row, int64_t column, int lanes) const {
+    return load_lanes<V>(rows_.template at<Scalar>(zoneout, t, row) + column, lanes);
+  }
+
   // sums (+)= terms [k0, k1) of d_h[t] * W_hr for m rows and one panel of units.
   void unproject(int64_t t, int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums) {
     const int nv = static_cast<int>(units_.width(panel));
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
     args.chain = kChain;
-    args.a = in(task_.d_h) + rows_.index(t, row) * layer_.P + k0;
+    args.a = in(task_.d_h) + rows_.packed(t, row) * layer_.P + k0;
     args.a_row = layer_.P * rows_.stride();
     args.a_step = 1;
     args.w = in(task_.w_hr) + units_.first(panel) * L * layer_.P + k0 * nv * L;
@@ -207,6 +262,7 @@ class BackwardSweep {
       for (int64_t q = 0; q < tiles.tiles; ++q) {
         const int64_t first = from + tiles.first(q), end = from + tiles.first(q + 1);
         recur(first, static_cast<int>(end - first), p, 0, active ? G * layer_.H : 0, buffer_);
+        if (active) settle(first, end, p, buffer_);
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;
@@ -218,17 +274,23 @@ class BackwardSweep {
             if (task_.layer->d_y) {
               d_h = d_h + load_lanes<V>(in(task_.layer->d_y) + n * y_row_ + task_.direction * r_ + unit, lanes);
             }
-            store_lanes(d_h, out(task_.d_h) + n * r_ + unit, lanes);
+            if (layer_.zoneout_h.data) {
+              const V keep = kept(layer_.zoneout_h, t, row, task_.direction * r_ + unit, lanes);
+              (keep * d_h).store(d_state);
+              d_h = (V::one() - keep) * d_h;
+            }
+            store_lanes(d_h, out(task_.d_h) + rows_.packed(t, row) * r_ + unit, lanes);
           }
         }
       }
     }
   }
 
-  // What `row` held before its step at time t: a row of y or cells (`row_size` apart, from `offset`), or of the
-  // initial state.
+  // What `row` held before its step at time t: a row of y or cells (`row_size` apart, from `offset`), of the initial
+  // state, or of what replaced either.
   const Scalar* previous(int64_t t, int64_t row, const void* all, int64_t row_size, int64_t offset, const void* initial,
-                         int64_t width) const {
+                         const void* replacement, int64_t width) const {
+    if (rows_.reset(t, row)) return rows_.template replacement<Scalar>(replacement, row, width);
     const int64_t t_previous = rows_.reversed() ? t + 1 : t - 1;
     if (t_previous < 0 || t_previous >= layer_.T || row >= rows_.active(t_previous)) {
       return in(initial) + rows_.batch(row) * width;
@@ -236,39 +298,44 @@ class BackwardSweep {
     return in(all) + rows_.index(t_previous, row) * row_size + offset;
   }
 
-  // The derivative of the cell for m rows and `blocks` unit blocks, kAtOnce pieces of one row and one block at a time;
-  // what came through W_hh (or W_hr) waits in buffer_.
+  // The derivative of the cell for m rows and `blocks` unit blocks, kTogether pieces of one row and one block at a
+  // time; what came through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
+  template <int kTogether, bool kBlends>
   __attribute__((noinline)) void differentiate(int64_t t, int64_t first, int m, int64_t block, int blocks) {
     const int64_t y_offset = task_.direction * r_;
-    Piece pieces[kAtOnce];
+    Piece pieces[kTogether];
     int n = 0;
     for (int j = 0; j < m; ++j) {
       Piece piece;
       piece.row = first + j;
       piece.index = rows_.index(t, piece.row);
-      const Scalar* before = Cell::kStates == 2
-                                 ? previous(t, piece.row, forward_.cells, layer_.H, 0, forward_.c0, layer_.H)
-                                 : previous(t, piece.row, layer_.y, y_row_, y_offset, forward_.h0, r_);
+      piece.packed = rows_.packed(t, piece.row);
+      piece.t = t;
+      const Scalar* before =
+          Cell::kStates == 2
+              ? previous(t, piece.row, forward_.cells, layer_.H, 0, forward_.c0, forward_.reset_c, layer_.H)
+              : previous(t, piece.row, layer_.y, y_row_, y_offset, forward_.h0, forward_.reset_h, r_);
       for (int k = 0; k < blocks; ++k) {
         piece.unit = (block + k) * L;
         piece.sum = buffer_ + (j * blocks + k) * L;
         piece.before = before + piece.unit;
         pieces[n++] = piece;
-        if (n == kAtOnce) {
-          differentiate_pieces<kAtOnce>(pieces);
+        if (n == kTogether) {
+          differentiate_pieces<kTogether, kBlends>(pieces);
           n = 0;
         }
       }
     }
-    for (int j = 0; j < n; ++j) differentiate_pieces<1>(pieces + j);
+    for (int j = 0; j < n; ++j) differentiate_pieces<1, kBlends>(pieces + j);
   }
 
   struct Piece {
     const Scalar *sum, *before;  // what came through the weights; c (or h) before the step
     int64_t unit, row, index;    // first unit; row of the states; row of y, gates and cells
+    int64_t packed, t;           // row of the gradients of the gates; time
   };
 
-  template <int K>
+  template <int K, bool kBlends>
   inline __attribute__((always_inline)) void differentiate_pieces(const Piece* pieces) {
     using W = Group<V, K>;
     W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
@@ -294,7 +361,11 @@ class BackwardSweep {
       }
       const V before = load_lanes<V>(piece.before, lanes[j.value]);
       if constexpr (Cell::kStates == 2) {
-        d_next[1].v[j.value] = V::load(in(task_.d_c) + piece.row * c_row_ + piece.unit);
+        V d_c = V::load(in(task_.d_c) + piece.row * c_row_ + piece.unit);
+        if (backward_.d_cells) {
+          d_c = d_c + load_lanes<V>(in(backward_.d_cells) + piece.index * H + piece.unit, lanes[j.value]);
+        }
+        d_next[1].v[j.value] = d_c;
         prev[0].v[j.value] = next[0].v[j.value] = V::zero();
         prev[1].v[j.value] = before;
         next[1].v[j.value] = load_lanes<V>(in(forward_.cells) + piece.index * H + piece.unit, lanes[j.value]);
@@ -303,14 +374,22 @@ class BackwardSweep {
         next[0].v[j.value] = load_lanes<V>(in(layer_.y) + piece.index * y_row_ + y_offset + piece.unit, lanes[j.value]);
       }
     });
-    Cell::backward(d_next, saved, prev, next, d, d_prev);
+    if constexpr (!kBlends) {
+      Cell::backward(d_next, saved, prev, next, d, d_prev);
+    } else {
+      W stayed[Cell::kStates];
+      unblend<K>(pieces, lanes, saved, prev, next, d_next, stayed);
+      Cell::backward(d_next, saved, prev, next, d, d_prev);
+      unroll<Cell::kStates>(
+          [&](auto s) __attribute__((always_inline)) { d_prev[s.value] = d_prev[s.value] + stayed[s.value]; });
+    }
     W unprojected;
     if constexpr (Cell::kProjects) {
       if (task_.cell_h) unprojected = Cell::unprojected(saved, next);
     }
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
-      Scalar* d_gates = out(task_.d_gates) + piece.index * d_row_ + piece.unit;
+      Scalar* d_gates = out(task_.d_gates) + piece.packed * d_row_ + piece.unit;
       unroll<Cell::kStored>([&](auto k) __attribute__((always_inline)) {
         store_lanes(d[k.value].v[j.value], d_gates + k.value * H, lanes[j.value]);
       });
@@ -320,20 +399,51 @@ class BackwardSweep {
       }
       if constexpr (Cell::kProjects) {
         if (task_.cell_h) {
-          store_lanes(unprojected.v[j.value], out(task_.cell_h) + piece.index * H + piece.unit, lanes[j.value]);
+          store_lanes(unprojected.v[j.value], out(task_.cell_h) + piece.packed * H + piece.unit, lanes[j.value]);
         }
       }
     });
   }
 
+  // Zoneout backwards: next becomes what the cell had made, d_next its gradient, stayed what goes past the cell.
+  template <int K, class W>
+  inline __attribute__((always_inline)) void unblend(const Piece* pieces, const int* lanes, const W* saved,
+                                                     const W* prev, W* next, W* d_next, W* stayed) const {
+    W keep[Cell::kStates];
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      unroll<Cell::kStates>([&](auto s) __attribute__((always_inline)) {
+        const Strided& zoneout = s.value == 0 ? layer_.zoneout_h : layer_.zoneout_c;
+        const int64_t column = task_.direction * layer_.H + piece.unit;  // of h only without a projection: R = H
+        const bool blended = zoneout.data && !(s.value == 0 && layer_.P);
+        keep[s.value].v[j.value] = blended ? kept(zoneout, piece.t, piece.row, column, lanes[j.value]) : V::zero();
+      });
+    });
+    unroll<Cell::kStates>([&](auto s) __attribute__((always_inline)) {
+      stayed[s.value] = keep[s.value] * d_next[s.value];
+      d_next[s.value] = (W::one() - keep[s.value]) * d_next[s.value];
+    });
+    if constexpr (Cell::kStates == 2) {
+      if (layer_.zoneout_c.data) Cell::candidate(saved, prev, next);
+    } else if constexpr (Cell::kSaved == 0) {
+      // Where all of it stayed, 0 / tiny: whatever the candidate was, its gradient is 0.
+      const W tiny = W::broadcast(Scalar(1e-30));
+      next[0] = W::divide(next[0] - keep[0] * prev[0], W::max(W::one() - keep[0], tiny));
+    }
+  }
+
   // Rows [from, to) have reached their initial state.
   void finish(int64_t from, int64_t to) {
-    for (int64_t p = first_panel_; backward_.d_h0 && from < to && p < last_panel_; ++p) {
+    reset_cells(from, to);
+    const bool wanted = backward_.d_h0 || (rows_.resets() && backward_.d_reset_h);
+    for (int64_t p = first_panel_; wanted && from < to && p < last_panel_; ++p) {
       const int nv = static_cast<int>(states_.width(p));
       const RowTiles tiles(to - from, Tiles<V>::rows(nv));
       for (int64_t q = 0; q < tiles.tiles; ++q) {
         const int64_t first = from + tiles.first(q), end = from + tiles.first(q + 1);
         recur(first, static_cast<int>(end - first), p, 0, G * layer_.H, buffer_);
+        settle(first, end, p, buffer_);
+        if (!backward_.d_h0) continue;
         for (int64_t row = first; row < end; ++row) {
           for (int v = 0; v < nv; ++v) {
             const int64_t unit = (states_.first(p) + v) * L;

@@ -33,7 +33,8 @@ class ForwardSweep {
         h_row_(padded(r_)),
         c_row_(padded(layer_.H)),
         y_row_(layer_.D * r_),
-        lazy_(task.team.members == 1 || task.team.split_units) {
+        lazy_(task.team.members == 1 || task.team.split_units),
+        noisy_(direction_.h_mask || layer_.zoneout_h.data || layer_.zoneout_c.data) {
     const int64_t member = task.team.member, members = task.team.members;
     pack_first_ = units_.count * member / members;
     pack_last_ = units_.count * (member + 1) / members;
@@ -47,6 +48,7 @@ class ForwardSweep {
   void run() {
     pack();
     load_states();
+    reset_states(0);
     wait(task_.team.barrier, task_.team.members);
     for (int64_t s = 0; s < layer_.T;) {
       const int64_t end = project(s);
@@ -56,6 +58,7 @@ class ForwardSweep {
         if (rows_.reversed()) at -= n;
         step(s, t, n, at);
         if (!rows_.reversed()) at += n;
+        if (s + 1 < layer_.T) reset_states(s + 1);
         if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
         const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
         if (stay < n) store_states(stay, n, (s + 1) & 1);
@@ -130,12 +133,34 @@ class ForwardSweep {
   void load_states() {
     for (int64_t row = 0; row < rows_.count(); ++row) {
       const int64_t b = rows_.batch(row);
-      for (int which = 0; which < 2; ++which) {
-        load_row<V>(in(direction_.h0) + b * r_, r_, first_state(), end_state(), out(task_.h[which]) + row * h_row_);
-      }
-      if (Cell::kStates == 2) {
-        load_row<V>(in(direction_.c0) + b * layer_.H, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
-      }
+      const Scalar* c0 = Cell::kStates == 2 ? in(direction_.c0) + b * layer_.H : nullptr;
+      for (int which = 0; which < 2; ++which) load_state(row, which, in(direction_.h0) + b * r_, c0);
+    }
+  }
+
+  // Before the s-th step of the sweep: the rows whose state is replaced then.
+  void reset_states(int64_t s) {
+    if (!rows_.resets()) return;
+    const int64_t t = rows_.time(s), n = rows_.active(t);
+    for (int64_t row = 0; row < n; ++row) {
+      if (!rows_.reset(t, row)) continue;
+      const Scalar* h = rows_.template replacement<Scalar>(direction_.reset_h, row, r_);
+      const Scalar* c = nullptr;
+      if (Cell::kStates == 2) c = rows_.template replacement<Scalar>(direction_.reset_c, row, layer_.H);
+      load_state(row, s & 1, h, c);
+    }
+  }
+
+  void load_state(int64_t row, int which, const Scalar* h, const Scalar* c) {
+    Scalar* state = out(task_.h[which]) + row * h_row_;
+    load_row<V>(h, r_, first_state(), end_state(), state);
+    if (direction_.h_mask) {
+      const Scalar* mask = in(direction_.h_mask) + rows_.batch(row) * r_;
+      Scalar* masked = out(task_.masked_h[which]) + row * h_row_;
+      for (int64_t j = first_state(); j < end_state() && j < r_; ++j) masked[j] = state[j] * mask[j];
+    }
+    if (Cell::kStates == 2) {
+      load_row<V>(c, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
     }
   }
 
@@ -159,9 +184,11 @@ class ForwardSweep {
   int64_t project(int64_t s) {
     int64_t end = s;
     chunk_rows_ = 0;
+    whole_ = rows_.whole(rows_.time(s));
     do {
       chunk_rows_ += rows_.active(rows_.time(end++));
-    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows);
+    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows &&
+             rows_.whole(rows_.time(end)) == whole_);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
 
     TileArgs<Scalar> args{};
@@ -227,7 +254,7 @@ class ForwardSweep {
   void step(int64_t s, int64_t t, int64_t n, int64_t at) {
     if (n == 0) return;
     const int which = s & 1;
-    const Scalar* h = in(task_.h[which]);
+    const Scalar* h = in(task_.masked_h[which]);
     TileArgs<Scalar> args{};
     args.k = r_;
     args.chain = kSweepChain;
@@ -265,17 +292,23 @@ class ForwardSweep {
           }
           Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
         }
-        activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
+        const int m = static_cast<int>(end - begin), blocks = np * nv / G;
+        if (noisy_) {
+          activate<1, true>(t, begin, m, block, blocks, at, which);
+        } else {
+          activate<kAtOnce, false>(t, begin, m, block, blocks, at, which);
+        }
       }
     }
     if (layer_.P) project_h(t, n, which);
   }
 
   // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_. Pieces of one row and one block are
-  // taken kAtOnce at a time.
+  // taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody else shall pay for.
+  template <int kTogether, bool kNoisy>
   __attribute__((noinline)) void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
                                           int which) {
-    Piece pieces[kAtOnce];
+    Piece pieces[kTogether];
     int n = 0;
     for (int j = 0; j < m; ++j) {
       const int64_t row = first + j;
@@ -285,22 +318,37 @@ class ForwardSweep {
         piece.unit = (block + k) * L;
         piece.row = row;
         piece.index = rows_.index(t, row);
-        piece.x = in(task_.x_gates) + (at + row) * x_gates_row_ + (piece.unit - first_unit_) * G;
-        if (n == kAtOnce) {
-          activate_pieces<kAtOnce>(pieces, which);
+        piece.t = t;
+        piece.x = in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ +
+                  (piece.unit - first_unit_) * G;
+        if (n == kTogether) {
+          activate_pieces<kTogether, kNoisy>(pieces, which);
           n = 0;
         }
       }
     }
-    for (int j = 0; j < n; ++j) activate_pieces<1>(pieces + j, which);
+    for (int j = 0; j < n; ++j) activate_pieces<1, kNoisy>(pieces + j, which);
   }
 
   struct Piece {
     const Scalar *r, *x;
-    int64_t unit, row, index;  // first unit; row of the states; row of y, gates and cells
+    int64_t unit, row, index, t;  // first unit; row of the states; row of y, gates and cells
   };
 
-  template <int K>
+  // Zoneout of lanes [unit, unit + lanes) of one row: `keep` of `before` stays. Two products and a sum, none fused, so
+  // that backward finds a candidate of zero exactly.
+  V blend(const Strided& keep, int64_t t, int64_t row, int64_t column, int lanes, V before, V candidate) const {
+    const V kept = load_lanes<V>(rows_.template at<Scalar>(keep, t, row) + column, lanes);
+    return kept * before + (V::one() - kept) * candidate;
+  }
+
+  // What the next step's product reads of h, with a mask.
+  void store_masked(V h, int64_t row, int64_t unit, int lanes, int which) const {
+    const V mask = load_lanes<V>(in(direction_.h_mask) + rows_.batch(row) * r_ + unit, lanes);
+    (h * mask).store(out(task_.masked_h[which ^ 1]) + row * h_row_ + unit);
+  }
+
+  template <int K, bool kNoisy>
   inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
     using W = Group<V, K>;
     W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
@@ -321,15 +369,31 @@ class ForwardSweep {
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
       const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
-      const V h = next[0].v[j.value];
+      V h = next[0].v[j.value];
+      if constexpr (kNoisy) {
+        if (layer_.zoneout_h.data && !layer_.P) {
+          const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+          h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
+        }
+      }
       if (layer_.P) {
         h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
       } else {
         h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
         store_lanes(h, out(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
+        if constexpr (kNoisy) {
+          if (direction_.h_mask) store_masked(h, piece.row, piece.unit, lanes, which);
+        }
       }
       if constexpr (Cell::kStates == 2) {
-        const V c = next[1].v[j.value];
+        V c = next[1].v[j.value];
+        if constexpr (kNoisy) {
+          if (layer_.zoneout_c.data) {
+            const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+            const int64_t column = task_.direction * layer_.H + piece.unit;
+            c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
+          }
+        }
         c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
         if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
       }
@@ -371,10 +435,16 @@ class ForwardSweep {
         for (int64_t row = first; row < end; ++row) {
           Scalar* y = out(layer_.y) + rows_.index(t, row) * y_row_ + task_.direction * r_;
           for (int v = 0; v < nv; ++v) {
-            const V h = V::load(buffer_ + ((row - first) * nv + v) * L);
-            const int64_t left = r_ - (unit + v * L);
-            h.store(out(task_.h[which ^ 1]) + row * h_row_ + unit + v * L);
-            store_lanes(h, y + unit + v * L, left < L ? static_cast<int>(left) : L);
+            const int64_t left = r_ - (unit + v * L), at = unit + v * L;
+            const int lanes = left < L ? static_cast<int>(left) : L;
+            V h = V::load(buffer_ + ((row - first) * nv + v) * L);
+            if (layer_.zoneout_h.data) {
+              const V before = V::load(in(task_.h[which]) + row * h_row_ + at);
+              h = blend(layer_.zoneout_h, t, row, task_.direction * r_ + at, lanes, before, h);
+            }
+            h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
+            store_lanes(h, y + at, lanes);
+            if (direction_.h_mask) store_masked(h, row, at, lanes, which);
           }
         }
       }
@@ -388,7 +458,9 @@ class ForwardSweep {
   const Panels units_;
   const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
   const bool lazy_;                          // panels are packed at their first use
+  const bool noisy_;
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
+  bool whole_ = false;  // the chunk has its rows in the order of the batch
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };
 

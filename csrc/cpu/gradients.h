@@ -104,7 +104,7 @@ class Gradients {
                    int64_t k1, const Scalar* next) {
     const int64_t I = layer_.I, column = panels.first(p) * L;
     const int nv = static_cast<int>(panels.width(p));
-    const bool whole = column + nv * L <= I, start = d == 0 && k0 == 0;
+    const bool whole = !task_.places && column + nv * L <= I, start = d == 0 && k0 == 0;
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
     args.chain = kShortChain;
@@ -117,7 +117,10 @@ class Gradients {
     for (int64_t q = 0; q < tiles.tiles; ++q) {
       const int64_t first = row + tiles.first(q);
       const int m = static_cast<int>(row + tiles.first(q + 1) - first);
-      Scalar* d_x = out(task_.layer->d_x) + first * I + column;
+      Scalar* const d_x = out(task_.layer->d_x) + first * I + column;
+      const auto place = [&](int j) {
+        return task_.places ? out(task_.layer->d_x) + task_.places[first + j] * I + column : d_x + j * I;
+      };
       args.a = in(task_.d_gates[d]) + first * d_row_ + Cell::kInput * layer_.H + k0;
       if (whole && !start) {
         for (int j = 0; j < m; ++j) fetch(d_x + j * I, nv * L);
@@ -126,11 +129,11 @@ class Gradients {
       args.out = whole ? d_x : buffer_;
       args.init = start ? nullptr : args.out;
       if (!whole && !start) {
-        for (int j = 0; j < m; ++j) load_row<V>(d_x + j * I, I - column, 0, nv * L, buffer_ + j * nv * L);
+        for (int j = 0; j < m; ++j) load_row<V>(place(j), I - column, 0, nv * L, buffer_ + j * nv * L);
       }
       Tiles<V>::get(m, nv, 1)(args);
       if (!whole) {
-        for (int j = 0; j < m; ++j) store_row<V>(buffer_ + j * nv * L, I - column, 0, nv * L, d_x + j * I);
+        for (int j = 0; j < m; ++j) store_row<V>(buffer_ + j * nv * L, I - column, 0, nv * L, place(j));
       }
     }
   }
@@ -154,7 +157,7 @@ class Gradients {
     Cursor cursor(layer_, task_.first_row, d);
     for (int64_t n0 = 0; n0 < N; n0 += kSumRows) {
       const int64_t rows = N - n0 < kSumRows ? N - n0 : kSumRows;
-      cursor.collect(rows, x_rows_, h_rows_, r_);
+      cursor.collect(rows, x_rows_, h_rows_, mask_rows_, r_);
       Scalar* packed = out(task_.panels) + (turn_++ & 1) * half;  // the other half may still be read
       const auto pack = [&](Operand& operand, int64_t width, const auto& row) {
         operand.packed = packed;
@@ -168,6 +171,7 @@ class Gradients {
       };
       pack(x, layer_.I, [&](int64_t k) { return x_rows_[k]; });
       pack(h, r_, [&](int64_t k) { return h_rows_[k]; });
+      if (h.d_w && layer_.direction[d].h_mask) mask_panels(h, rows);
       if (layer_.P) pack(m, layer_.H, [&](int64_t k) { return in(task_.cell_h[d]) + (n0 + k) * layer_.H; });
       join();
       for (int s = 0, wide; gates && s < Cell::kStored; s += wide) {
@@ -182,6 +186,22 @@ class Gradients {
       }
       if (layer_.P && m.d_w) {
         columns(in(task_.d_h[d]) + n0 * r_, r_, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);
+      }
+    }
+  }
+
+  // This thread's share of the packed h becomes what W_hh multiplied: h times the mask of its sequence.
+  void mask_panels(const Operand& h, int64_t rows) {
+    const Panels& panels = h.panels;
+    for (int64_t p = share(panels.count, task_.team.member); p < share(panels.count, task_.team.member + 1); ++p) {
+      const int nv = static_cast<int>(panels.width(p));
+      Scalar* packed = const_cast<Scalar*>(h.packed) + panels.first(p) * L * rows;
+      for (int64_t k = 0; k < rows; ++k) {
+        for (int v = 0; v < nv; ++v, packed += L) {
+          const int64_t unit = (panels.first(p) + v) * L;
+          const int lanes = r_ - unit < L ? static_cast<int>(r_ - unit) : L;
+          (V::load(packed) * load_lanes<V>(mask_rows_[k] + unit, lanes)).store(packed);
+        }
       }
     }
   }
@@ -276,32 +296,37 @@ class Gradients {
     }
   }
 
-  // Walks the rows of x in order and finds for each the h that its step started from.
+  // Walks the rows of x in order and finds for each the h that its step started from, and the mask of its sequence.
   class Cursor {
    public:
     Cursor(const LayerForward& layer, const int64_t* first_row, int d)
-        : layer_(layer), first_row_(first_row), d_(d), t_(0), b_(0) {}
+        : layer_(layer),
+          direction_(layer.direction[d]),
+          rows_(layer, d, Team{0, 1, false, false, nullptr}, first_row),
+          d_(d) {}
 
-    void collect(int64_t rows, const Scalar** x, const Scalar** h, int64_t r) {
+    void collect(int64_t rows, const Scalar** x, const Scalar** h, const Scalar** mask, int64_t r) {
       for (int64_t j = 0; j < rows; ++j) {
-        const int64_t n = first(t_) + b_;
-        x[j] = in(layer_.x) + (first_row_ ? n * layer_.x_stride_b : t_ * layer_.x_stride_t + b_ * layer_.x_stride_b);
+        x[j] = rows_.template x<Scalar>(t_, row_);
         const int64_t before = d_ == 1 ? t_ + 1 : t_ - 1;
-        const bool initial = before < 0 || before >= layer_.T || b_ >= size(before);
-        h[j] = initial ? in(layer_.direction[d_].h0) + b_ * r
-                       : in(layer_.y) + (first(before) + b_) * layer_.D * r + d_ * r;
-        if (++b_ == size(t_)) ++t_, b_ = 0;
+        if (rows_.reset(t_, row_)) {
+          h[j] = rows_.template replacement<Scalar>(direction_.reset_h, row_, r);
+        } else if (before < 0 || before >= layer_.T || row_ >= rows_.active(before)) {
+          h[j] = in(direction_.h0) + rows_.batch(row_) * r;
+        } else {
+          h[j] = in(layer_.y) + rows_.index(before, row_) * layer_.D * r + d_ * r;
+        }
+        if (direction_.h_mask) mask[j] = in(direction_.h_mask) + rows_.batch(row_) * r;
+        if (++row_ == rows_.active(t_)) ++t_, row_ = 0;
       }
     }
 
    private:
-    int64_t first(int64_t t) const { return first_row_ ? first_row_[t] : t * layer_.B; }
-    int64_t size(int64_t t) const { return layer_.batch_sizes ? layer_.batch_sizes[t] : layer_.B; }
-
     const LayerForward& layer_;
-    const int64_t* first_row_;
+    const DirectionForward& direction_;
+    const Rows rows_;
     int d_;
-    int64_t t_, b_;
+    int64_t t_ = 0, row_ = 0;
   };
 
   const GradientTask& task_;
@@ -310,6 +335,7 @@ class Gradients {
   int turn_ = 0;
   const Scalar* x_rows_[kSumRows];
   const Scalar* h_rows_[kSumRows];
+  const Scalar* mask_rows_[kSumRows];
   alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 4 * L];
 };
 

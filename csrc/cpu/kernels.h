@@ -25,6 +25,7 @@ void wait(Barrier* barrier, int members);
 struct Team {
   int member, members;
   bool split_units;
+  bool deals;  // rows go to the members in turn, and not in blocks: their lengths differ
   Barrier* barrier;
 };
 
@@ -33,7 +34,7 @@ struct ForwardTask {
   const LayerForward* layer;
   int direction;
   Team team;
-  const int64_t* first_row;  // [T] first row of step t in x and y; null when padded (t*B)
+  const int64_t* first_row;  // [T] rows before step t, sum of batch_sizes; null without them (t*B)
   int64_t chunk_rows;        // rows of input gates computed at a time; at least the rows of one step
   // Shared by the team, packed here (pack.h); Hp = padded(H), Rp = padded(R), Pp = padded(P).
   void* w_ih;  // [Hp*G*I]
@@ -42,8 +43,9 @@ struct ForwardTask {
   void* b_hh;  // [Hp*G]
   void* w_hr;  // [Pp*H], with a projection
   // Shared by the team when it splits units, else the thread's own; rows are the thread's.
-  void* h[2];  // [rows, Rp], the state before and after a step, in turns
-  void* c;     // [rows, Hp], LSTM only
+  void* h[2];         // [rows, Rp], the state before and after a step, in turns
+  void* c;            // [rows, Hp], LSTM only
+  void* masked_h[2];  // [rows, Rp], h times its mask, which W_hh multiplies; h itself without a mask
   // The thread's own.
   void* x_gates;  // [chunk_rows, Hp*G]
   void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
@@ -72,6 +74,7 @@ struct GradientTask {
   const LayerBackward* layer;
   Team team;
   const int64_t* first_row;
+  const int64_t* places;  // [N] row in d_x of each row of d_gates, where they differ; else null
   const void* d_gates[2];
   const void* d_h[2];
   const void* cell_h[2];

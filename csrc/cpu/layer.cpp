@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -87,6 +88,13 @@ class Operands {
   at::ScalarType given() const { return given_; }
   int64_t bytes() const { return bytes_; }
 
+  Strided strided(const Tensor* tensor) {
+    if (tensor == nullptr) return Strided{};
+    const bool adjacent = tensor->stride(-1) == 1 || tensor->size(-1) == 1;
+    const Tensor& read = readable(*tensor) && adjacent ? *tensor : convert(*tensor);
+    return Strided{read.const_data_ptr(), read.dim() == 3 ? read.stride(0) : 0, read.stride(-2)};
+  }
+
   const void* dense(const Tensor* tensor) {
     if (tensor == nullptr) return nullptr;
     return readable(*tensor) && tensor->is_contiguous() ? tensor->const_data_ptr() : convert(*tensor).const_data_ptr();
@@ -99,7 +107,20 @@ class Operands {
     layer.is_double = type_ == at::kDouble;
     layer.T = s.T, layer.B = s.B, layer.I = s.I, layer.H = s.H, layer.P = s.P, layer.D = s.D, layer.N = s.N;
     layer.batch_sizes = s.batch_sizes;
-    input(layer, *a.x);
+    layer.step_rows = s.B;
+    const Strided x = strided(a.x);  // through its strides, so that batch_first views are not copied
+    layer.x = x.data, layer.x_stride_t = x.stride_t, layer.x_stride_b = x.stride_b;
+    layer.zoneout_h = strided(a.zoneout_h);
+    layer.zoneout_c = strided(a.zoneout_c);
+    const void* const h_mask = dense(a.h_mask);
+    const void* reset_h = dense(a.reset_h);
+    const void* reset_c = dense(a.reset_c);
+    if (a.reset != nullptr) {
+      copies_.push_back(a.reset->contiguous());
+      layer.reset = static_cast<const uint8_t*>(copies_.back().const_data_ptr());
+      layer.reset_by_row = reset_h != nullptr;
+      if (reset_h == nullptr) reset_h = reset_c = zeros(s.R > s.H ? s.R : s.H);
+    }
     const void* const h0 = dense(a.h0);
     const void* const c0 = dense(a.c0);
     for (int64_t d = 0; d < s.D; ++d) {
@@ -112,7 +133,11 @@ class Operands {
       direction.w_hr = dense(w.w_hr);
       direction.h0 = slice(h0, d, s.B * s.R * bytes_);
       direction.c0 = slice(c0, d, s.B * s.H * bytes_);
+      direction.h_mask = slice(h_mask, d, s.B * s.R * bytes_);
+      direction.reset_h = layer.reset_by_row ? slice(reset_h, d, s.B * s.R * bytes_) : reset_h;
+      direction.reset_c = layer.reset_by_row ? slice(reset_c, d, s.B * s.H * bytes_) : reset_c;
     }
+    if (s.lengths != nullptr) ragged(layer, s);
     return layer;
   }
 
@@ -122,13 +147,38 @@ class Operands {
     return tensor.scalar_type() == type_ && !tensor.key_set().has_any(kLazy);
   }
 
-  // x is read through its strides when its features are adjacent, so that batch_first views are not copied.
-  void input(LayerForward& layer, const Tensor& x) {
-    const bool adjacent = x.stride(-1) == 1 || x.size(-1) == 1;
-    const Tensor& read = readable(x) && adjacent ? x : convert(x);
-    layer.x = read.const_data_ptr();
-    layer.x_stride_b = read.stride(-2);
-    layer.x_stride_t = read.dim() == 3 ? read.stride(0) : 0;
+  const void* zeros(int64_t n) {
+    copies_.push_back(empty({n}, type_));
+    std::memset(copies_.back().mutable_data_ptr(), 0, static_cast<size_t>(n * bytes_));
+    return copies_.back().const_data_ptr();
+  }
+
+  // Sequences of lengths of their own: sorted, longest first, those of no step left out.
+  void ragged(LayerForward& layer, const Sizes& s) {
+    int64_t* const order = integers(s.B);
+    int64_t* const batch_sizes = integers(s.T);
+    int64_t* const next = integers(s.T + 1);  // of each length, the place in order of the next such sequence
+    std::memset(next, 0, static_cast<size_t>(s.T + 1) * sizeof(int64_t));
+    for (int64_t b = 0; b < s.B; ++b) ++next[s.lengths[b]];
+    int64_t place = 0, steps = 0, rows = 0;
+    for (int64_t length = s.T; length > 0; --length) {
+      const int64_t count = next[length];
+      next[length] = place;
+      place += count;
+      batch_sizes[length - 1] = place;
+      rows += place;
+      if (place > 0 && steps == 0) steps = length;
+    }
+    for (int64_t b = 0; b < s.B; ++b) {
+      if (s.lengths[b] > 0) order[next[s.lengths[b]]++] = b;
+    }
+    layer.T = steps, layer.B = place, layer.N = rows;
+    layer.order = order, layer.batch_sizes = batch_sizes;
+  }
+
+  int64_t* integers(int64_t n) {
+    copies_.push_back(empty({n}, at::kLong));
+    return copies_.back().mutable_data_ptr<int64_t>();
   }
 
   const Tensor& convert(const Tensor& tensor) {
@@ -140,8 +190,33 @@ class Operands {
 
   at::ScalarType given_, type_;
   int64_t bytes_;
-  c10::SmallVector<Tensor, 4> copies_;  // keeps converted tensors alive until the kernels are done
+  c10::SmallVector<Tensor, 4> copies_;  // keeps what is not the caller's alive until the kernels are done
 };
+
+// Writes zeros into the rows of an array [D, T, B, row_bytes] that lie past the ends of their sequences.
+void clear_padding(void* data, const Sizes& s, int64_t directions, int64_t row_bytes) {
+  char* row = static_cast<char*>(data);
+  for (int64_t d = 0; row != nullptr && d < directions; ++d) {
+    for (int64_t t = 0; t < s.T; ++t) {
+      for (int64_t b = 0; b < s.B; ++b, row += row_bytes) {
+        if (t >= s.lengths[b]) std::memset(row, 0, static_cast<size_t>(row_bytes));
+      }
+    }
+  }
+}
+
+// Sequences of no step: `to` [D, B, row_bytes] becomes there what `from` is, or zero where that is null.
+void pass_on_state(void* to, const void* from, const Sizes& s, int64_t row_bytes) {
+  for (int64_t row = 0; to != nullptr && row < s.D * s.B; ++row) {
+    if (s.lengths[row % s.B] != 0) continue;
+    char* const place = static_cast<char*>(to) + row * row_bytes;
+    if (from != nullptr) {
+      std::memcpy(place, static_cast<const char*>(from) + row * row_bytes, static_cast<size_t>(row_bytes));
+    } else {
+      std::memset(place, 0, static_cast<size_t>(row_bytes));
+    }
+  }
+}
 
 // y has the shape of x with features [D*R].
 Tensor empty_y(const Sizes& s, at::ScalarType type) {
@@ -177,8 +252,17 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save) {
       direction.gates = slice(gates, d, s.N * saved * operands.bytes());
       direction.cells = slice(cells, d, s.N * s.H * operands.bytes());
     }
-    const Plan plan = plan_forward(layer, at::get_num_threads());
-    with_scratch(plan.scratch_bytes, [&](void* scratch) { run_forward(layer, plan, scratch); });
+    if (s.lengths != nullptr) {
+      clear_padding(layer.y, s, 1, s.D * s.R * operands.bytes());
+      clear_padding(gates, s, s.D, saved * operands.bytes());
+      clear_padding(cells, s, s.D, s.H * operands.bytes());
+      pass_on_state(h_n, layer.direction[0].h0, s, s.R * operands.bytes());
+      pass_on_state(c_n, layer.direction[0].c0, s, s.H * operands.bytes());
+    }
+    if (layer.N > 0) {
+      const Plan plan = plan_forward(layer, at::get_num_threads());
+      with_scratch(plan.scratch_bytes, [&](void* scratch) { run_forward(layer, plan, scratch); });
+    }
   }
   if (operands.given() != type) {  // gates and cells keep the type of the kernels
     results.y = results.y.to(operands.given());
@@ -191,52 +275,64 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save) {
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
   Operands operands(a.x->scalar_type());
-  const bool run = s.B > 0;
+  const bool run = s.B > 0 && (s.lengths == nullptr ||
+                               std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
 
   Gradients gradients;
   int position = 0;
   // The next gradient of the schema, that of `tensor`: its array, or null when it is not wanted.
-  const auto next = [&](const Tensor* tensor) -> void* {
+  const auto next = [&](const Tensor* tensor, bool zero) -> void* {
     const bool wanted = tensor != nullptr && (b.needs >> position & 1) != 0;
     Tensor& gradient = gradients[position++];
     gradient = wanted ? empty(tensor->sizes(), operands.type()) : nothing(operands.given());
     if (!wanted) return nullptr;
     void* const data = gradient.mutable_data_ptr();
-    if (!run && data != nullptr) std::memset(data, 0, gradient.nbytes());
+    if (zero && data != nullptr) std::memset(data, 0, gradient.nbytes());
     return data;
   };
   const bool lstm = a.cell == Cell::lstm;
-  layer.d_x = next(a.x);
-  void* const d_h0 = next(a.h0);
-  void* const d_c0 = lstm ? next(a.c0) : nullptr;
+  layer.d_x = next(a.x, !run);
+  void* const d_h0 = next(a.h0, !run);
+  void* const d_c0 = lstm ? next(a.c0, !run) : nullptr;
   for (int64_t d = 0; d < 2; ++d) {
     const Weights& w = a.weights[d];
     DirectionBackward& direction = layer.direction[d];
-    direction.d_w_ih = next(w.w_ih);
-    direction.d_w_hh = next(w.w_hh);
-    direction.d_b_ih = next(w.b_ih);
-    direction.d_b_hh = next(w.b_hh);
-    direction.d_w_hr = lstm ? next(w.w_hr) : nullptr;
+    direction.d_w_ih = next(w.w_ih, !run);
+    direction.d_w_hh = next(w.w_hh, !run);
+    direction.d_b_ih = next(w.b_ih, !run);
+    direction.d_b_hh = next(w.b_hh, !run);
+    direction.d_w_hr = lstm ? next(w.w_hr, !run) : nullptr;
   }
+  void* const d_reset_h = next(a.reset_h, true);
+  void* const d_reset_c = lstm ? next(a.reset_c, true) : nullptr;
 
+  const void* const d_h_n = operands.dense(b.d_h_n);
+  const void* const d_c_n = operands.dense(b.d_c_n);
+  const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
+  if (s.lengths != nullptr) {
+    pass_on_state(d_h0, d_h_n, s, s.R * operands.bytes());
+    pass_on_state(d_c0, d_c_n, s, s.H * operands.bytes());
+    clear_padding(layer.d_x, s, 1, s.I * operands.bytes());
+  }
   if (run) {
     layer.forward = operands.layer(a, s);
     layer.forward.y = const_cast<void*>(operands.dense(b.y));  // read only in this pass, as gates and cells
     void* const gates = const_cast<void*>(operands.dense(b.gates));
     void* const cells = const_cast<void*>(operands.dense(b.cells));
     layer.d_y = operands.dense(b.d_y);
-    const void* const d_h_n = operands.dense(b.d_h_n);
-    const void* const d_c_n = operands.dense(b.d_c_n);
-    const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
+    const void* const d_cells = operands.dense(b.d_cells);
     for (int64_t d = 0; d < s.D; ++d) {
       layer.forward.direction[d].gates = slice(gates, d, s.N * saved_per_unit(a.cell) * padded(s.H) * operands.bytes());
       layer.forward.direction[d].cells = slice(cells, d, s.N * s.H * operands.bytes());
       DirectionBackward& direction = layer.direction[d];
       direction.d_h_n = slice(d_h_n, d, h_bytes);
       direction.d_c_n = slice(d_c_n, d, c_bytes);
+      direction.d_cells = slice(d_cells, d, s.N * s.H * operands.bytes());
       direction.d_h0 = slice(d_h0, d, h_bytes);
       direction.d_c0 = slice(d_c0, d, c_bytes);
+      direction.d_reset_h = slice(d_reset_h, d, h_bytes);
+      direction.d_reset_c = slice(d_reset_c, d, c_bytes);
     }
     const Plan plan = plan_backward(layer, at::get_num_threads());
     with_scratch(plan.scratch_bytes, [&](void* scratch) { run_backward(layer, plan, scratch); });

@@ -11,6 +11,13 @@ namespace cpu {
 
 enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
 
+// An array with one row for each step of each sequence, the features of a row adjacent.
+// Padded: element (t, b, k) at t*stride_t + b*stride_b + k; packed: row n at n*stride_b.
+struct Strided {
+  const void* data;  // null: not given
+  int64_t stride_t, stride_b;
+};
+
 // Letters: T time, B batch, I input, H hidden units, P projection, G gates, D directions;
 // R = P with a projection, else H (the width of h); N = rows of x and y = T*B, or the packed row count.
 // Every array is contiguous and row-major unless strides are given; elements are float or double.
@@ -28,30 +35,49 @@ struct DirectionForward {
   void* c_n;         // [B, H], LSTM only, else null
   void* gates;       // [N, padded(H)/16, saved, 16], written when not null; null for RNN
   void* cells;       // [N, H], c at every step, written when not null; LSTM only
+  // What replaces the state where `reset` is set, when it is given: one row for all sequences, or with reset_by_row one
+  // for each.
+  const void* reset_h;  // [B, R] or [R]
+  const void* reset_c;  // [B, H] or [H], LSTM only
+  const void* h_mask;   // [B, R] or null; what multiplies h on its way into W_hh, and nowhere else
 };
 
 struct LayerForward {
   Cell cell;
   bool is_double;  // element type of every array: double, else float
   int64_t T, B, I, H, P, D, N;
-  const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when padded (N = T*B)
-  const void* x;  // padded: element (t, b, k) at t*x_stride_t + b*x_stride_b + k; packed: row n at n*x_stride_b
+  const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when all have B rows
+  // Rows of a padded batch that end early: x, y, gates, cells and their gradients are [T', B'] still, of which only the
+  // N = sum of batch_sizes rows that exist are touched. B counts the sequences of one step or more, T their longest.
+  const int64_t* order;  // [B] place in the batch of each sequence, longest first; null when packed, or all are equal
+  int64_t step_rows;     // B' if padded: the rows of a step in x, y, gates and cells
+  const void* x;         // padded: element (t, b, k) at t*x_stride_t + b*x_stride_b + k; packed: row n at n*x_stride_b
   int64_t x_stride_t, x_stride_b;
   void* y;  // [N, D*R]; direction d owns columns [d*R, (d+1)*R)
+  // [T, step_rows], not 0 where the state before step t is replaced; null: nowhere. Never with a packed batch. In the
+  // reverse direction it is the state on its way from step t to step t-1.
+  const uint8_t* reset;
+  bool reset_by_row;
+  // How much of the state before a step stays, from 0 to 1: next = keep*before + (1-keep)*(what the cell makes).
+  Strided zoneout_h;  // [N, D*R]
+  Strided zoneout_c;  // [N, D*H], LSTM only
   DirectionForward direction[2];
 };
 
 // What one direction reads and writes in the backward pass, beside the forward's own arrays.
 struct DirectionBackward {
-  const void* d_h_n;  // [B, R] or null (zero)
-  const void* d_c_n;  // [B, H] or null (zero)
-  void* d_h0;         // [B, R] or null (not wanted); likewise every pointer below
-  void* d_c0;         // [B, H]
-  void* d_w_ih;       // [G*H, I]
-  void* d_w_hh;       // [G*H, R]
-  void* d_b_ih;       // [G*H]
-  void* d_b_hh;       // [G*H]
-  void* d_w_hr;       // [P, H]
+  const void* d_h_n;    // [B, R] or null (zero)
+  const void* d_c_n;    // [B, H] or null (zero)
+  const void* d_cells;  // [N, H] or null (zero)
+  void* d_h0;           // [B, R] or null (not wanted); likewise every pointer below
+  void* d_c0;           // [B, H]
+  void* d_w_ih;         // [G*H, I]
+  void* d_w_hh;         // [G*H, R]
+  void* d_b_ih;         // [G*H]
+  void* d_b_hh;         // [G*H]
+  void* d_w_hr;         // [P, H]
+  void* d_reset_h;      // [B, R], added to
+  void* d_reset_c;      // [B, H], added to
 };
 
 struct LayerBackward {

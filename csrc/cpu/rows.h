@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which rows of a (padded or packed) batch a thread runs, in which order of time, and where they lie. Rows are sorted
+// Which rows of a (padded or packed) batch a thread runs, in which order of time, where they lie, and where their state
+// is replaced. Rows are sorted
 // by length, longest first, so that the rows active at a step are always the first ones. Used by both sweeps.
 #pragma once
 #include "kernels.h"
@@ -15,7 +16,7 @@ class Rows {
     const int64_t B = layer.B;
     if (team.split_units || team.members == 1) {
       first_ = 0, stride_ = 1, count_ = B;
-    } else if (layer.batch_sizes) {  // dealt in turn, so that every thread gets long and short rows
+    } else if (team.deals) {  // in turn, so that every thread gets long and short rows
       first_ = team.member, stride_ = team.members;
       count_ = (B - team.member + team.members - 1) / team.members;
     } else {
@@ -36,28 +37,59 @@ class Rows {
     return n < 0 ? 0 : n < count_ ? n : count_;
   }
   // The batch index of this thread's row, and its row in y, gates and cells at time t.
-  int64_t batch(int64_t row) const { return first_ + row * stride_; }
-  int64_t index(int64_t t, int64_t row) const { return (first_row_ ? first_row_[t] : t * layer_.B) + batch(row); }
+  int64_t batch(int64_t row) const { return layer_.order ? layer_.order[sorted(row)] : sorted(row); }
+  int64_t index(int64_t t, int64_t row) const {
+    return layer_.order ? t * layer_.step_rows + batch(row) : packed(t, row);
+  }
+  // Its row at time t in scratch, where rows that do not exist take no place: stride() apart for successive rows.
+  int64_t packed(int64_t t, int64_t row) const { return (first_row_ ? first_row_[t] : t * layer_.B) + sorted(row); }
 
+  // Its row at time t of an array like x.
+  template <class Scalar>
+  const Scalar* at(const Strided& array, int64_t t, int64_t row) const {
+    const Scalar* data = static_cast<const Scalar*>(array.data);
+    return first_row_ && !layer_.order ? data + index(t, row) * array.stride_b
+                                       : data + t * array.stride_t + batch(row) * array.stride_b;
+  }
   template <class Scalar>
   const Scalar* x(int64_t t, int64_t row) const {
-    const Scalar* x = static_cast<const Scalar*>(layer_.x);
-    return first_row_ ? x + index(t, row) * layer_.x_stride_b
-                      : x + t * layer_.x_stride_t + batch(row) * layer_.x_stride_b;
+    return at<Scalar>({layer_.x, layer_.x_stride_t, layer_.x_stride_b}, t, row);
+  }
+
+  bool resets() const { return layer_.reset != nullptr; }
+  // Whether the state before this row's step at time t is replaced. What comes from step t to step t-1 in the reverse
+  // direction has its flag at t; the state with which a row starts there has none.
+  bool reset(int64_t t, int64_t row) const {
+    if (!layer_.reset) return false;
+    if (reversed_ && (++t >= layer_.T || row >= active(t))) return false;
+    return layer_.reset[t * layer_.step_rows + batch(row)] != 0;
+  }
+  // This row of what replaces a state of `width` entries.
+  template <class Scalar>
+  const Scalar* replacement(const void* reset_state, int64_t row, int64_t width) const {
+    return static_cast<const Scalar*>(reset_state) + (layer_.reset_by_row ? batch(row) * width : 0);
   }
 
   // The active rows of times [t0, t1), in that order, if they lie at one stride; else null.
   template <class Scalar>
   const Scalar* x_at_one_stride(int64_t t0, int64_t t1, int64_t* row_stride) const {
     *row_stride = stride_ * layer_.x_stride_b;
-    if (t1 - t0 == 1) return x<Scalar>(t0, 0);
+    if (layer_.order && !whole(t0)) return nullptr;
+    const Scalar* x0 = layer_.order ? static_cast<const Scalar*>(layer_.x) + t0 * layer_.x_stride_t : x<Scalar>(t0, 0);
+    if (t1 - t0 == 1) return x0;
     if (stride_ != 1 || count_ != layer_.B) return nullptr;
-    if (first_row_) return x<Scalar>(t0, 0);
+    if (first_row_ && !layer_.order) return x0;
     if (layer_.B == 1) *row_stride = layer_.x_stride_t;
-    return layer_.B == 1 || layer_.x_stride_t == layer_.B * layer_.x_stride_b ? x<Scalar>(t0, 0) : nullptr;
+    return layer_.B == 1 || layer_.x_stride_t == layer_.B * layer_.x_stride_b ? x0 : nullptr;
   }
 
+  // Whether rows of their own lengths all take part at time t, and this thread has them all: x may then be read in the
+  // order of the batch. A copy of the rows in the order of their lengths costs up to a tenth of an RNN.
+  bool whole(int64_t t) const { return layer_.order && count_ == layer_.step_rows && active(t) == count_; }
+
  private:
+  int64_t sorted(int64_t row) const { return first_ + row * stride_; }
+
   const LayerForward& layer_;
   const int64_t* first_row_;
   bool reversed_;

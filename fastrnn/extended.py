@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One layer with lengths, resets or masks: which rung it takes and through which door; autograd.py's counterpart for
+the calls that have such extras. Called by functional.py and sequences.py.
+
+The rungs: the kernels where they take the tensors; else extras.reference_layer(), since torch.nn has none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import autograd, extension
+from .extras import Extras
+from .operators import Operator, backward, needs_reference, transforms_active
+
+_C: Any = extension.module
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+class _ExtendedLayer(torch.autograd.Function):
+    """The eager door with gradient: apply(operator, *tensors, *extras, *options) gives y, the final states and, for an
+    LSTM, c at every step."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, ...]:
+        given = len(arguments) - operator.options
+        outputs = getattr(_C, operator.name)(*arguments, True)
+        ctx.save_for_backward(*arguments[:given], outputs[0], *outputs[operator.results :])
+        ctx.set_materialize_grads(False)
+        ctx.operator, ctx.options = operator, arguments[given:]
+        ctx.saved, ctx.direct, ctx.extended = True, True, True
+        return *outputs[: operator.results], *outputs[operator.results + 1 :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator = ctx.operator
+        return None, *backward(operator, _Arguments(ctx), gradients), *(None,) * operator.options
+
+
+class _Arguments:
+    """A context as backward() reads it, without the operator among the inputs."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors, self.needs_input_grad = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        self.options, self.saved, self.direct, self.extended = ctx.options, ctx.saved, ctx.direct, ctx.extended
+
+
+def layer(
+    operator: Operator,
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    extras: Extras,
+    options: Sequence[bool] = (),
+    all_cells: bool = False,
+) -> tuple[Tensor, ...]:
+    """One layer with its directions, on whatever rung fits the tensors.
+
+    Args:
+        operator: of the cell.
+        tensors: x, the initial states, the weights of two directions, in the order of the operator.
+        batch_sizes: CPU int64 [T], or None.
+        extras: see Extras; checked by the caller as far as shapes go.
+        options: of the operator.
+        all_cells: whether c at every step is wanted, of an LSTM.
+    Returns:
+        y, the final states and, if all_cells, c at every step: [D, T*B, H] or [D, N, H] in x's dtype.
+    """
+    arguments = extras.arguments(operator.gates == 4, batch_sizes)
+    results = operator.results
+    if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or needs_reference():
+        _check_range(operator, tensors, extras.lengths)
+        found = operator.extended_reference(tensors, arguments, options)
+        return found if all_cells else found[:results]
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *extras[2:4]))
+    if is_compiling() or _dispatch_modes() or transforms_active():
+        outputs = operator.overload(*tensors, *arguments, *options, recorded or all_cells)
+        found = (*outputs[:results], *outputs[results + 1 :])
+    elif recorded:
+        found = _ExtendedLayer.apply(operator, *tensors, *arguments, *options)
+    else:
+        outputs = getattr(_C, operator.name)(*tensors, *arguments, *options, all_cells)
+        found = (*outputs[:results], *outputs[results + 1 :])
+    if not all_cells:
+        return tuple(found[:results])
+    return *found[:results], found[results].to(found[0].dtype)
+
+
+def side_by_side(cells: Tensor, y: Tensor) -> Tensor:
+    """c at every step in the form of y: [D, T*B, H] -> [T, B, D*H], or [D, N, H] -> [N, D*H]. A copy: the derivative
+    reads the original, which a program shall not change."""
+    return torch.cat(tuple(cells), dim=-1).view(*y.shape[:-1], -1)
+
+
+def given(
+    function: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Any,
+    reset: Any,
+    reset_state: Any,
+    h_mask: Any,
+    zoneouts: Sequence[Any],
+) -> Extras:
+    """The extras of one layer, checked.
+
+    Args:
+        function: as messages name it.
+        x: [T, B, I], or [N, I] if batch_sizes is given.
+        states: the initial ones, [D, B, R] and for an LSTM [D, B, H].
+        batch_sizes: or None.
+        lengths, reset, reset_state, h_mask: as functional.lstm has them.
+        zoneouts: zoneout_h and for an LSTM zoneout_c.
+    """
+    packed = batch_sizes is not None
+    D, B, R = states[0].shape
+    if lengths is not None:
+        check_lengths(function, lengths, B, x.device, packed)
+    replacements: tuple[Any, ...] = (None, None)
+    if reset is not None:
+        check_reset(function, reset, "[T, B]", tuple(x.shape[:2]), x.device, packed)
+        if reset_state is not None:
+            replacements = reset_state if len(states) == 2 else (reset_state, None)
+            if not isinstance(replacements, (tuple, list)) or len(replacements) != 2:
+                got = type(reset_state).__name__
+                raise TypeError(f"fastrnn.{function}: reset_state must be a pair (h, c), got {got}")
+            for k, (tensor, state) in enumerate(zip(replacements, states, strict=False)):
+                name = f"reset_state[{k}]" if len(states) == 2 else "reset_state"
+                letters = f"[D, B, {'RH'[k]}]"
+                check_operand(function, name, tensor, letters, tuple(state.shape), x, mask=False)
+    elif reset_state is not None:
+        raise ValueError(f"fastrnn.{function}: reset_state is given without reset")
+    if h_mask is not None:
+        check_operand(function, "h_mask", h_mask, "[D, B, R]", (D, B, R), x, mask=True)
+    for name, tensor, state, letter in zip(("zoneout_h", "zoneout_c"), zoneouts, states, "RH", strict=False):
+        if tensor is not None:
+            letters = f"[N, D*{letter}]" if packed else f"[T, B, D*{letter}]"
+            shape = (*x.shape[:-1], D * state.shape[2])
+            check_operand(function, name, tensor, letters, shape, x, mask=True)
+    return Extras(lengths, reset, *replacements, h_mask, *zoneouts, *(None,) * (2 - len(zoneouts)))
+
+
+def _check_range(operator: Operator, tensors: Sequence[Tensor | None], lengths: Tensor | None) -> None:
+    """What the kernel looks at by itself: lengths are from 0 to T. On another device nobody waits to see it."""
+    x = tensors[0]
+    if lengths is None or x is None or not lengths.is_cpu or is_compiling() or transforms_active():
+        return
+    if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > x.shape[0]):
+        got = lengths.tolist()
+        raise RuntimeError(f"fastrnn.{operator.name}: lengths must be from 0 to T = {x.shape[0]}, got {got}")
+
+
+def check_lengths(function: str, lengths: Any, batch: int, device: torch.device, packed: bool) -> None:
+    """Raises TypeError or ValueError where lengths is not what a batch of so many sequences takes."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"fastrnn.{function}: lengths must be a Tensor, got {type(lengths).__name__}")
+    if packed:
+        raise ValueError(f"fastrnn.{function}: lengths go with a padded input, a packed one has its own")
+    if lengths.dtype is not torch.int64 or lengths.shape != (batch,):
+        got = f"{lengths.dtype} {list(lengths.shape)}"
+        raise ValueError(f"fastrnn.{function}: lengths must be int64 [B] = [{batch}], got {got}")
+    _check_device(function, "lengths", lengths, device)
+
+
+def check_reset(
+    function: str, reset: Any, letters: str, shape: tuple[int, ...], device: torch.device, packed: bool
+) -> None:
+    """Raises TypeError or ValueError where reset is not a bool of the shape."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"fastrnn.{function}: reset must be a Tensor, got {type(reset).__name__}")
+    if packed:
+        raise ValueError(f"fastrnn.{function}: reset goes with a padded input; give that and lengths")
+    if reset.dtype is not torch.bool or reset.shape != shape:
+        got = f"{reset.dtype} {list(reset.shape)}"
+        raise ValueError(f"fastrnn.{function}: reset must be bool {letters} = {list(shape)}, got {got}")
+    if reset.device != device:
+        raise ValueError(f"fastrnn.{function}: reset must be on {device} like the input, got {reset.device}")
+
+
+def check_operand(
+    function: str, name: str, tensor: Any, letters: str, shape: tuple[int, ...], x: Tensor, mask: bool
+) -> None:
+    """Raises TypeError or ValueError where a tensor has not the shape, or x's dtype and device; a mask no gradient."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"fastrnn.{function}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        got = list(tensor.shape)
+        raise ValueError(f"fastrnn.{function}: {name} must be {letters} = {list(shape)}, got {got}")
+    kind = x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if tensor.device != x.device or (tensor.dtype is not x.dtype and not mixed):
+        got, expected = f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}"
+        raise ValueError(f"fastrnn.{function}: {name} must be {expected} like x, got {got}")
+    if mask and tensor.requires_grad:
+        raise ValueError(f"fastrnn.{function}: {name} must not require a gradient: there is none for masks")
+
+
+def _check_device(function: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device and not tensor.is_cpu:
+        raise ValueError(f"fastrnn.{function}: {name} must be on {device} or the CPU, got {tensor.device}")

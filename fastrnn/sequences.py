@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A stack of layers with lengths, resets, every state as a result, or noise in the recurrence.
+
+modules.py calls it for the calls that have any of these; what a module calls without them never comes here. Here are
+also the constructor's options for noise: what they may be, and the masks that they become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import extended
+from .extras import Extras
+from .operators import GRU, LSTM, RNN
+
+_OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
+
+
+def probability(module: str, name: str, value: Any) -> float:
+    """The value as a float; TypeError if it is not a number, ValueError if it is outside [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"fastrnn.{module}: {name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"fastrnn.{module}: {name} must be a probability, in [0, 1], got {value}")
+    return float(value)
+
+
+def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout: Any) -> None:
+    """Checks a constructor's options and keeps those that are set; the class has the others, which are zero."""
+    name = module._get_name()
+    if module._gates == 4:
+        if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
+            raise TypeError(f"fastrnn.{name}: zoneout must be a pair (p_h, p_c), got {zoneout!r}")
+        zoneout = tuple(probability(name, f"zoneout[{k}]", p) for k, p in enumerate(zoneout))
+        if any(zoneout):
+            module.zoneout = zoneout
+    else:
+        zoneout = probability(name, "zoneout", zoneout)
+        if zoneout:
+            module.zoneout = zoneout
+    for option, value in (("recurrent_dropout", recurrent_dropout), ("weight_dropout", weight_dropout)):
+        value = probability(name, option, value)
+        if value:
+            setattr(module, option, value)
+
+
+def noise_repr(module: Any) -> str:
+    """What repr() shows of the options for noise, those that are set."""
+    names = ("zoneout", "recurrent_dropout", "weight_dropout")
+    return "".join(f", {name}={vars(module)[name]}" for name in names if name in vars(module))
+
+
+def _zoneouts(module: Any) -> tuple[float, float]:
+    zoneout = module.zoneout
+    return tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, 0.0)
+
+
+def forward(
+    module: Any,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_state: Any,
+    return_all_states: bool,
+) -> tuple[Any, ...]:
+    """modules._Stack.forward with what it passes on; see there.
+
+    Everything is checked here, since torch.nn would not know what to say.
+    """
+    name, directions = module._get_name(), 2 if module.bidirectional else 1
+    batch_sizes = sorted_indices = unsorted_indices = None
+    x = input
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, sorted_indices, unsorted_indices = input
+    if not isinstance(x, Tensor):
+        raise TypeError(f"fastrnn.{name}: input must be a Tensor or a PackedSequence, got {type(x).__name__}")
+    packed, single = batch_sizes is not None, batch_sizes is None and x.dim() == 2
+    if x.dim() not in ((2,) if packed else (2, 3)):
+        raise ValueError(f"fastrnn.{name}: input must have 2 or 3 dimensions, got {list(x.shape)}")
+    if x.shape[-1] != module.input_size:
+        raise RuntimeError(f"fastrnn.{name}: input must have {module.input_size} features, got {list(x.shape)}")
+    if single:
+        x = x.unsqueeze(1)
+    elif not packed and module.batch_first:
+        x = x.transpose(0, 1)
+    batch = int(batch_sizes[0]) if batch_sizes is not None else x.shape[1]
+    if not packed and x.shape[0] == 0:
+        raise RuntimeError(f"fastrnn.{name}: input must have at least one time step, got {list(x.shape)}")
+
+    rows = directions * module.num_layers
+    lead = (rows,) if single else (rows, batch)
+    widths = tuple([shape[-1] for shape in module._state_shapes(lead)])
+    states = _states(module, "hx", hx, lead, widths, x, expand=False)
+    if states is None:
+        states = module._zero_states(x, (rows, batch))
+    elif sorted_indices is not None:
+        states = tuple(state.index_select(1, sorted_indices) for state in states)
+    if lengths is not None:
+        if single:
+            raise ValueError(f"fastrnn.{name}: lengths go with a batch, got input {list(input.shape)}")
+        extended.check_lengths(name, lengths, batch, x.device, packed)
+    resets: tuple[Tensor, ...] | None = None
+    if reset is not None:
+        letters, shape = "[T, B]", tuple(x.shape[:2])
+        if single:
+            letters, shape = "[T]", (x.shape[0],)
+        elif module.batch_first and not packed:
+            letters, shape = "[B, T]", shape[::-1]
+        extended.check_reset(name, reset, letters, shape, x.device, packed)
+        reset = reset.unsqueeze(1) if single else reset.transpose(0, 1) if module.batch_first else reset
+        resets = _states(module, "reset_state", reset_state, lead, widths, x, expand=True)
+    elif reset_state is not None:
+        raise ValueError(f"fastrnn.{name}: reset_state is given without reset")
+
+    y, finals, every_h, every_c = _stack(module, x, states, batch_sizes, lengths, reset, resets, return_all_states)
+    if unsorted_indices is not None:
+        finals = [state.index_select(1, unsorted_indices) for state in finals]
+
+    def shaped(tensor: Tensor) -> Tensor | PackedSequence:
+        if packed:
+            return PackedSequence(tensor, batch_sizes, sorted_indices, unsorted_indices)
+        return tensor.squeeze(1) if single else tensor.transpose(0, 1) if module.batch_first else tensor
+
+    if single:
+        finals = [state.squeeze(1) for state in finals]
+    last = module._join_states(tuple(finals))
+    if not return_all_states:
+        return shaped(y), last
+    h = tuple(shaped(tensor) for tensor in every_h)
+    if module._gates != 4:
+        return h[-1], last, h
+    return h[-1], last, (h, tuple(shaped(tensor) for tensor in every_c))
+
+
+def _states(
+    module: Any, name: str, given: Any, lead: tuple[int, ...], widths: tuple[int, ...], x: Tensor, expand: bool
+) -> tuple[Tensor, ...] | None:
+    """States as a tuple of [L*D, B, width], checked; None stays. With expand a batch of one stands for all."""
+    if given is None:
+        return None
+    states = module._split_states(given)
+    function = module._get_name()
+    if states is None:
+        raise TypeError(f"fastrnn.{function}: {name} must be a pair (h, c), got {type(given).__name__}")
+    found = []
+    for k, (state, width) in enumerate(zip(states, widths, strict=True)):
+        each = name if len(states) == 1 else f"{name}[{k}]"
+        wide = expand and isinstance(state, Tensor) and len(lead) == 2 and state.shape == (lead[0], 1, width)
+        if wide:
+            state = state.expand(*lead, width)
+        letters = "[L*D, B, R]" if len(lead) == 2 else "[L*D, R]"
+        extended.check_operand(function, each, state, letters.replace("R", "RH"[k]), (*lead, width), x, mask=False)
+        found.append(state if len(lead) == 2 else state.unsqueeze(1))
+    return tuple(found)
+
+
+def _stack(
+    module: Any,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    resets: tuple[Tensor, ...] | None,
+    all_states: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The layers one above the other: y, the final states over L*D, and each layer's h and c at every step."""
+    directions = 2 if module.bidirectional else 1
+    operator = _OPERATORS[module._gates]
+    slots = module._weights_per_direction
+    options = (module.mode == "RNN_RELU",) if module._gates == 1 else ()
+    dropout = module.dropout if module.training else 0.0
+    keep_cells = all_states and module._gates == 4
+    noisy = module.zoneout or module.recurrent_dropout
+    masks: tuple[Tensor | None, ...] = (None, None, None)
+    finals, every_h, every_c = [], [], []
+    for index, weights in enumerate(module._layer_weights()):
+        if index and dropout:
+            x = torch.dropout(x, dropout, True)
+        weights += (None,) * (2 * slots - len(weights))
+        firsts, others = states, resets or ()
+        if module.num_layers > 1:
+            own = slice(index * directions, (index + 1) * directions)
+            firsts, others = (tuple([state[own] for state in of]) for of in (states, others))
+        if module.weight_dropout and module.training:
+            for position in range(1, directions * slots, slots):
+                weights[position] = torch.dropout(weights[position], module.weight_dropout, True)
+        if noisy:
+            masks = _masks(module, x, firsts)
+        extras = Extras(lengths, reset, *others, *(None,) * (2 - len(others)), *masks)
+        found = extended.layer(operator, (x, *firsts, *weights), batch_sizes, extras, options, keep_cells)
+        x = found[0]
+        finals.append(found[1 : 1 + len(states)])
+        if all_states:
+            every_h.append(x.clone() if x.requires_grad else x)
+        if keep_cells:
+            every_c.append(extended.side_by_side(found[-1], x))
+    y = every_h[-1] if all_states else _own(module, x)
+    ends = finals[0] if len(finals) == 1 else [torch.cat(of_layers) for of_layers in zip(*finals, strict=True)]
+    return y, list(ends), every_h, every_c
+
+
+def _own(module: Any, y: Tensor) -> Tensor:
+    """A copy of y where modules.py makes one: the derivative reads y, which a program may change in place."""
+    onednn = module._gates == 4 and y.dtype is torch.float32 and not module.bidirectional and not module.proj_size
+    return y.clone() if y.requires_grad and not onednn else y
+
+
+def _masks(module: Any, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """h_mask, zoneout_h and zoneout_c of one layer, drawn from torch's generator in this order while training."""
+    h_mask, keeps = None, []
+    p = module.recurrent_dropout if module.training else 0.0
+    if p:
+        h_mask = states[0].new_empty(states[0].shape).bernoulli_(1 - p)
+        if p < 1:
+            h_mask = h_mask / (1 - p)
+    for p, state in zip(_zoneouts(module), (*states, None), strict=False):
+        features = 0 if state is None else state.shape[0] * state.shape[2]
+        if not p or not features:
+            keeps.append(None)
+        elif module.training:
+            keeps.append(x.new_empty((*x.shape[:-1], features)).bernoulli_(p))
+        else:
+            keeps.append(x.new_full((features,), p).expand(*x.shape[:-1], features))
+    return h_mask, keeps[0], keeps[1]
