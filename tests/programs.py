@@ -185,18 +185,19 @@ def other_threads_run_during_a_call() -> None:
     """
     module = extension.module
     torch.set_num_threads(1)
-    T, B, H = 60, 4, 64
+    T, B, H = 20, 4, 512
     generator = torch.Generator().manual_seed(0)
     x, h0 = torch.randn(T, B, H, generator=generator), torch.zeros(1, B, H)
-    w_ih, w_hh = (torch.randn(3 * H, H, generator=generator) / 8 for _ in range(2))
+    w_ih, w_hh = (torch.randn(3 * H, H, generator=generator) / 32 for _ in range(2))
     weights = [w_ih, w_hh, *[None] * 6]
     extras = [None] * 6
     y, h_n, gates = module.gru_layer(x, h0, *weights, *extras, True)
-    needs = 0b1111
+    only_d_x = 1
     calls = {
-        "forward": lambda: module.gru_layer(x, h0, *weights, *extras, True),
-        "backward": lambda: module.gru_layer_backward(y, h_n, x, h0, *weights, *extras, y, gates, needs),
+        "forward": lambda: module.gru_layer(x, h0, *weights, *extras, False),
+        "backward": lambda: module.gru_layer_backward(y, h_n, x, h0, *weights, *extras, y, gates, only_d_x),
     }
+    kept = []  # freeing a tensor gives the lock away, too
     count, stop = [0], threading.Event()
 
     def work() -> None:
@@ -205,16 +206,15 @@ def other_threads_run_during_a_call() -> None:
             time.sleep(1e-5)  # gives the lock back
 
     worker = threading.Thread(target=work)
-    worker.start()
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e6)
+    sys.setswitchinterval(1e6)  # before the other thread begins: a wait keeps the interval that it began with
     try:
+        worker.start()
         for name, call in calls.items():
-            before, turns = count[0], 0
-            while count[0] == before and turns < 2000:
-                call()
-                turns += 1
-            assert count[0] > before, f"{name}: no other thread ran in {turns} calls"
+            before, first = count[0], len(kept)
+            while count[0] == before and len(kept) < first + 300:
+                kept.append(call())
+            assert count[0] > before, f"{name}: no other thread ran in {len(kept) - first} calls"
     finally:
         sys.setswitchinterval(interval)
         stop.set()
