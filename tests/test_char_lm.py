@@ -5,25 +5,16 @@ import importlib.util
 import itertools
 import json
 import math
-import types
-from pathlib import Path
 
 import pytest
 import torch
+from load_example import load_example
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "char_lm.py"
 TINY = ["--chars", "12000", "--layers", "1", "--hidden", "24", "--embedding", "8", "--steps", "16", "--batch", "8"]
 TINY += ["--epochs", "2", "--length", "12", "--beam", "3"]
 
 
-def load_example() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("char_lm", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-char_lm = load_example()
+char_lm = load_example("char_lm")
 
 
 @pytest.fixture(params=["lstm", "gru", "rnn"])
