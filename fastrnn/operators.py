@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import extension, reference
+from . import extension, onnx_export, reference
 from .batching import batched, only_vmap_active
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -175,6 +175,7 @@ def _register_fakes(operator: Operator) -> None:
     per_direction = (count - results) // 2
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        onnx_export.refuse_operator(operator.name)
         x, h0, weights = arguments[0], arguments[1], arguments[results:count]
         directions = 1 if weights[per_direction] is None else 2
         units = weights[1].shape[0] // operator.gates
