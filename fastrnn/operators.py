@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import extension, onnx_export, reference
+from . import checks, extension, onnx_export, reference
 from .batching import batched, only_vmap_active
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -176,6 +176,7 @@ def _register_fakes(operator: Operator) -> None:
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         onnx_export.refuse_operator(operator.name)
+        checks.check_layer(operator, arguments[:count], arguments[count + 1])
         x, h0, weights = arguments[0], arguments[1], arguments[results:count]
         directions = 1 if weights[per_direction] is None else 2
         units = weights[1].shape[0] // operator.gates
@@ -192,6 +193,9 @@ def _register_fakes(operator: Operator) -> None:
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, needs = arguments[results : results + count], arguments[-1]
+        extras = arguments[results + count :]
+        saved = extras[2 + operator.after_batch_sizes :][: 1 + operator.buffers]
+        checks.check_backward(operator, tensors, extras[1], arguments[:results], saved, needs)
         x = tensors[0]
         return tuple(
             x.new_empty(tensor.shape if tensor is not None and needs >> position & 1 else (0,))
