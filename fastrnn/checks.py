@@ -2,8 +2,8 @@
 """What csrc/checks.h checks of an operator's arguments, for tensors without data, in the same words; called by the fake
 kernels of operators.py, so that a mistake shows when a model is compiled or exported and not when it runs.
 
-Left to the kernels: the numbers in batch_sizes, sizes beyond 2^31, and whether an argument is supported. A condition on
-symbolic sizes becomes a guard or an assertion of the graph.
+Left to the kernels: numbers and dtype of batch_sizes, sizes beyond 2^31, and whether an argument is supported. A
+condition on symbolic sizes becomes a guard or an assertion of the graph.
 """
 
 from __future__ import annotations
@@ -107,11 +107,10 @@ class _Checker:
         self.check_weights(w_hr is not None)
 
     def packed(self, x: Tensor) -> None:
-        """batch_sizes has no numbers here: B is taken from h0."""
+        """batch_sizes has no numbers here: B is taken from h0. Its dtype is left to the kernels as well, since torch's
+        own pack_padded_sequence says float32 when it is traced."""
         sizes = self.batch_sizes
         self.on_cpu("batch_sizes", sizes)
-        if sizes.dtype is not torch.int64:
-            self.fail(f"batch_sizes must be int64, got {_dtype(sizes)}")
         if sizes.dim() != 1:
             self.fail(f"batch_sizes must be [T], got {_sizes(sizes)}")
         self.require(sizes.shape[0] >= 1, "batch_sizes must have at least one time step, got ", sizes)

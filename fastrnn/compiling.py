@@ -23,5 +23,5 @@ def fullgraph() -> Iterator[None]:
     """
     import torch._dynamo  # takes a second to import, so not before it is needed
 
-    with torch._dynamo.config.patch(allow_rnn=True):
+    with torch._dynamo.config.patch(allow_rnn=True, capture_scalar_outputs=True):
         yield

@@ -215,7 +215,7 @@ def test_wrong_batch_sizes_are_refused(door: str, cell: str, case: str) -> None:
     refused(door, f"{good.operator}_backward", backward_values(good) | {"batch_sizes": sizes}, message)
 
 
-@every_door
+@both_doors
 def test_wrong_kind_of_batch_sizes_is_refused(door: str) -> None:
     good = layer("gru", packed=True)
     for dtype in (torch.int32, torch.float32, torch.bool):
