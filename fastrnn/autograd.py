@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
-from . import extension
+from . import extension, onnx_export
 from .operators import GRU, LSTM, RNN, Operator, backward, needs_reference
 
 _C: Any = extension.module
@@ -157,7 +157,10 @@ class _RnnLayer(torch.autograd.Function):
 def _other_door(
     operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
 ) -> tuple[Tensor, ...]:
-    """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap."""
+    """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap.
+    While torch.onnx exports, ONNX's own operator."""
+    if is_exporting() and torch.onnx.is_in_onnx_export():  # the first test saves the import of torch.onnx
+        return onnx_export.layer(operator, tensors, batch_sizes, options)
     if _C is None or needs_reference():
         return operator.reference(*tensors, batch_sizes, *options)
     save = is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -19,7 +19,7 @@ def fullgraph() -> Iterator[None]:
         with fastrnn.fullgraph():
             y = model(x)
 
-    The functional form and the cells need no block.
+    Later calls that need no compilation may stand outside. The functional form and the cells need no block.
     """
     import torch._dynamo  # takes a second to import, so not before it is needed
 

@@ -159,7 +159,7 @@ class _Stack(nn.RNNBase):
         lead: tuple[int, ...]
         if batch_sizes is not None:
             fits = len(shape) == 2
-            batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+            batch = batch_sizes[0].item() if sorted_indices is None else sorted_indices.shape[0]
             lead = (rows, batch)
         elif len(shape) == 3:
             if self.batch_first:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import extension, reference
+from . import checks, extension, onnx_export, reference
 from .batching import batched, only_vmap_active
 from .extras import Extras, reference_layer
 
@@ -227,6 +227,8 @@ def _register_fakes(operator: Operator) -> None:
     per_direction = (count - results) // 2
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        onnx_export.refuse_operator(operator.name)
+        checks.check_layer(operator, arguments[:count], arguments[count + 1])
         x, h0, weights = arguments[0], arguments[1], arguments[results:count]
         directions = 1 if weights[per_direction] is None else 2
         units = weights[1].shape[0] // operator.gates
@@ -244,6 +246,8 @@ def _register_fakes(operator: Operator) -> None:
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, extras = arguments[results : results + count], arguments[results + count :]  # and what follows
         needs = extras[2 + operator.after_batch_sizes + 1 + operator.buffers + operator.options]
+        saved = extras[2 + operator.after_batch_sizes :][: 1 + operator.buffers]
+        checks.check_backward(operator, tensors, extras[1], arguments[:results], saved, needs)
         tensors = (*tensors, *extras[3 : 2 + results])  # reset_h, reset_c
         x = tensors[0]
         return tuple(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import DOORS, backward_values, call, forward, given, schema
+from calls import CHECKED_DOORS, DOORS, backward_values, call, forward, given, schema
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 both_doors = pytest.mark.parametrize("door", DOORS)
+every_door = pytest.mark.parametrize("door", CHECKED_DOORS)
 every_cell = pytest.mark.parametrize("cell", CELLS)
 REFUSED = (RuntimeError, ValueError, TypeError)  # NotImplementedError is a RuntimeError
 T, B, I, H, P, D = 3, 2, 4, 5, 3, 2  # noqa: E741
@@ -82,7 +83,7 @@ WRONG_LSTM = [
 ]
 
 
-@both_doors
+@every_door
 @every_cell
 @pytest.mark.parametrize(("name", "bad", "message"), WRONG, ids=[f"{k}-{w[0]}" for k, w in enumerate(WRONG)])
 def test_wrong_argument_is_named(door: str, cell: str, name: str, bad: Callable, message: Callable) -> None:
@@ -92,14 +93,14 @@ def test_wrong_argument_is_named(door: str, cell: str, name: str, bad: Callable,
     refused(door, f"{good.operator}_backward", values, message(cell))
 
 
-@both_doors
+@every_door
 @pytest.mark.parametrize(("name", "bad", "message"), WRONG_LSTM, ids=[f"{k}-{w[0]}" for k, w in enumerate(WRONG_LSTM)])
 def test_wrong_argument_of_lstm_is_named(door: str, name: str, bad: Callable, message: str) -> None:
     good = layer("lstm")
     refused(door, "lstm_layer", given(good) | {name: bad("lstm")}, message)
 
 
-@both_doors
+@every_door
 @every_cell
 def test_errors_of_torch_nn_keep_their_type(door: str, cell: str) -> None:
     good = layer(cell)
@@ -112,7 +113,7 @@ def test_errors_of_torch_nn_keep_their_type(door: str, cell: str) -> None:
         )
 
 
-@both_doors
+@every_door
 @every_cell
 def test_half_a_direction_is_refused(door: str, cell: str) -> None:
     one, two = layer(cell, D=1), given(layer(cell))
@@ -125,7 +126,7 @@ def test_half_a_direction_is_refused(door: str, cell: str) -> None:
         refused(door, "lstm_layer", values, "w_hr_reverse is given without w_hr")
 
 
-@both_doors
+@every_door
 @every_cell
 def test_required_tensors_are_required(door: str, cell: str) -> None:
     good = layer(cell)
@@ -136,7 +137,7 @@ def test_required_tensors_are_required(door: str, cell: str) -> None:
                     call(door, operator, values | {argument.name: None})
 
 
-@both_doors
+@every_door
 @every_cell
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_wrong_argument_of_backward_is_named(door: str, cell: str, packed: bool) -> None:
@@ -222,6 +223,13 @@ def test_batch_sizes_are_taken_exactly_when_they_fit(sizes: list[int], B: int, N
         else:
             with pytest.raises(RuntimeError, match=r"fastrnn\.rnn_layer: (batch_sizes|h0) must"):
                 forward(door, good, **values)
+
+
+def test_fake_kernels_refuse_what_needs_no_numbers_in_batch_sizes() -> None:
+    good = layer("gru", packed=True)
+    for case in ("empty", "matrix", "scalar"):
+        sizes, message = BATCH_SIZES[case]
+        refused("fake", "gru_layer", given(good) | {"batch_sizes": torch.tensor(sizes, dtype=torch.int64)}, message)
 
 
 @both_doors

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""torch.compile and torch.export: one graph, with the operators in it, for every shape."""
+"""torch.compile: one graph, with the operators in it, for every shape. torch.export is test_export.py's."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from models import Loop, Tagger
 from samples import CELLS, Sample, cotangents, gradients, sample
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from twins import LAYERS, tensors_of
 
 import fastrnn
 from fastrnn import autograd
 
 pytestmark = [
     pytest.mark.usefixtures("compiled"),
-    # of torch's own code, which scripts decompositions and copies tree specs
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch scripts its decompositions
 ]
 
 
@@ -167,27 +171,127 @@ def test_transforms_inside_a_compiled_function_are_right(transform: str) -> None
     torch.testing.assert_close(torch.compile(transformed, backend="aot_eager")(x), expected)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
-def test_export_keeps_length_and_batch_dynamic(cell: str, strict: bool) -> None:
-    layer = sample(cell, T=5, B=3, dtype=torch.float32)
+def assert_same_step(compiled: Callable[..., Any], eager: nn.Module, x: Tensor, *rest: Any) -> None:
+    """Outputs and all gradients of a training step, to the bit; from the same seed, for dropout."""
+    found = []
+    for model in (compiled, eager):
+        torch.manual_seed(3)
+        outputs = tensors_of(model(x, *rest))
+        leaves = [*tensors_of(x), *eager.parameters()]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents(outputs))])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*found, strict=True))
 
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = torch.nn.ParameterList([w for w in layer.weights[0] if w is not None])
 
-        def forward(self, x: Tensor) -> Tensor:
-            name, _, nonlinearity = cell.partition("_")
-            options = {"nonlinearity": nonlinearity} if nonlinearity else {}
-            return getattr(fastrnn.functional, name)(x, weights=tuple(self.weights), **options)[0].relu()
+def any_size(tensor: Tensor, *dimensions: int) -> Tensor:
+    for dimension in dimensions:
+        torch._dynamo.mark_dynamic(tensor, dimension)
+    return tensor
 
-    net = Net()
-    T, B = torch.export.Dim("T", min=1, max=512), torch.export.Dim("B", min=1, max=512)
-    exported = torch.export.export(net, (layer.x,), dynamic_shapes={"x": {0: T, 1: B}}, strict=strict)
-    assert operators(exported.graph_module) == [f"fastrnn.{layer.operator}.default"]
-    for shape in ((5, 3, 4), (9, 2, 4)):
-        x = torch.randn(shape)
-        assert torch.equal(exported.module()(x), net(x))
-    decomposed = exported.run_decompositions()
-    assert torch.equal(decomposed.module()(layer.x), net(layer.x))
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_model_trains_in_one_graph_of_any_length_and_batch(name: str, options: dict) -> None:
+    model, counter = Tagger(name, **options), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        with fastrnn.fullgraph():
+            for T, B in ((7, 3), (9, 2), (2, 8)):
+                assert_same_step(compiled, model, any_size(torch.randn(T, B, 4, requires_grad=True), 0, 1))
+        assert_same_step(compiled, model, torch.randn(5, 6, 4, requires_grad=True))  # compiled before: no block needed
+    assert counter.frame_count == 1
+    assert len(operators(counter.graphs[0])) == 2
+
+
+def test_explain_counts_one_graph_inside_the_block() -> None:
+    model, x = Tagger("GRU"), torch.randn(7, 3, 4)
+    with fastrnn.fullgraph():
+        explanation = torch._dynamo.explain(model)(x)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+
+
+def test_graph_breaks_outside_the_block_and_results_stay() -> None:
+    model, x = Tagger("LSTM"), torch.randn(7, 3, 4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_inductor_compiles_a_model_whole() -> None:
+    model = Tagger("LSTM")
+    compiled = torch.compile(model, fullgraph=True)
+    with fastrnn.fullgraph():
+        for T, B in ((7, 3), (9, 2)):
+            x = any_size(torch.randn(T, B, 4, requires_grad=True), 0, 1)
+            ours, expected = compiled(x), model(x)
+            torch.testing.assert_close(ours, expected)
+            leaves = [x, *model.parameters()]
+            found = [torch.autograd.grad(y, leaves, cotangents([y])) for y in (ours, expected)]
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sort", [False, True], ids=["unsorted", "sorted"])
+def test_packed_sequences_of_any_lengths_share_one_graph(sort: bool) -> None:
+    """torch.nn cannot: it compares the batch of the state with a number that it does not know."""
+    module, counter = fastrnn.GRU(4, 5, 2, bidirectional=True), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    with fastrnn.fullgraph():
+        for lengths in ((7, 5, 3), (6, 2), (9, 8, 2, 1)):
+            order = lengths if sort else lengths[::-1]
+            packed = pack_sequence([torch.randn(length, 4) for length in order], enforce_sorted=sort)
+            packed = PackedSequence(packed.data.requires_grad_(), *packed[1:])
+            for tensor in packed:
+                if tensor is not None:
+                    any_size(tensor, 0)
+            assert_same_step(compiled, module, packed)
+    assert counter.frame_count == 1
+
+
+def test_cells_in_a_loop_are_one_graph_without_the_block() -> None:
+    model, counter = Loop(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for B in (3, 8):
+        assert_same_step(compiled, model, any_size(torch.randn(4, B, 4, requires_grad=True), 1))
+    assert counter.frame_count == 1
+    assert len(operators(counter.graphs[0])) == 4
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_inside_a_compiled_function_is_that_of_torch_nn(name: str) -> None:
+    """torch.nn's own code runs there, in a graph that is one step after the other."""
+    x, results = torch.randn(3, 2, 4), []
+    for library in (fastrnn, nn):
+        torch.manual_seed(0)
+        module = getattr(library, name)(4, 5)
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        with fastrnn.fullgraph(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            results.append(compiled(x)[0])
+    assert results[0].dtype == results[1].dtype
+    assert torch.equal(*results)
+
+
+SETTINGS = """
+import torch, torch._dynamo, torch._functorch.config, torch._inductor.config
+from torch._decomp import global_decomposition_table
+def state():
+    configs = (torch._dynamo.config, torch._functorch.config, torch._inductor.config)
+    return (
+        [config.save_config_portable() for config in configs],
+        {kind: dict(table) for kind, table in global_decomposition_table.items()},
+        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist(),
+        torch.backends.mkldnn.enabled, torch.nn.LSTM, torch.nn.LSTM.forward, torch.nn.RNNBase.__setattr__,
+    )
+before = state()
+import fastrnn
+assert state() == before
+with fastrnn.fullgraph():
+    assert torch._dynamo.config.allow_rnn
+assert state() == before
+"""
+
+
+def test_import_and_block_leave_every_setting_as_it_was() -> None:
+    subprocess.run([sys.executable, "-c", SETTINGS], check=True)

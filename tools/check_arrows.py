@@ -24,7 +24,7 @@ TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/la
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
     ("_C", "_build"),
-    ("extension", "reference", "batching"),
+    ("extension", "reference", "batching", "checks", "onnx_export"),
     ("extras",),
     ("operators",),
     ("autograd",),
