@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import autograd
 from .modules import States, Weights, read_weights
+from .stock import HasStock
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -53,7 +54,7 @@ def _one_step(x: Tensor, state: Tensor) -> Tensor:
     return state[0] if x.dim() == 2 else state[0, 0]
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(HasStock, nn.LSTMCell):
     """torch.nn.LSTMCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -77,7 +78,7 @@ class LSTMCell(nn.LSTMCell):
         return super().forward(input, hx)
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(HasStock, nn.GRUCell):
     """torch.nn.GRUCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -100,7 +101,7 @@ class GRUCell(nn.GRUCell):
         return _one_step(input, h)
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(HasStock, nn.RNNCell):
     """torch.nn.RNNCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd
+from .stock import HasStock
 
 Weights = list[Tensor | None]
 States = tuple[Tensor, ...]
@@ -41,7 +42,7 @@ def read_weights(module: nn.Module, names: Sequence[str]) -> Weights:
     return weights
 
 
-class _Stack(nn.RNNBase):
+class _Stack(HasStock, nn.RNNBase):
     """The forward pass of a stack of layers. LSTM, GRU and RNN add their operator and the form of their states.
 
     Inside, states are always a tuple, (h, c) or (h,), and weights a list in the order of the operator's arguments.
