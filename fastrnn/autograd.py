@@ -61,7 +61,7 @@ def route(tensors: Iterable[Tensor | None]) -> str:
             if dtype is not None or tensor.dtype not in _DTYPES:
                 return "torch"
             dtype = tensor.dtype
-        if not tensor.is_cpu or tensor.layout is not _STRIDED:
+        if not tensor.is_cpu or tensor.layout is not _STRIDED or tensor.is_nested:
             return "torch"
     return "reference" if needs_reference() else "kernel"
 
@@ -99,6 +99,8 @@ def _refusal(tensors: list[Tensor | None]) -> str:
             return f"a tensor is on {tensor.device} and the kernels are for the CPU"
         if tensor.layout is not _STRIDED:
             return f"a tensor has the layout {tensor.layout}"
+        if tensor.is_nested:
+            return "a tensor is nested"
         if type(tensor) not in _PLAIN and not is_compiling():
             return f"a tensor is a {type(tensor).__name__}, a subclass of Tensor"
     dtypes = {tensor.dtype for tensor in given}

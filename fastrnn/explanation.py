@@ -72,7 +72,8 @@ def _refusal(module: nn.RNNBase | nn.RNNCellBase, input: Any, hx: Any, tensors: 
     memory. Not asked where that module would not answer alike: other classes of tensors, other layouts, autocast.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    ordinary = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in given)
+    plain = (Tensor, nn.Parameter)
+    ordinary = all(type(t) in plain and t.layout is torch.strided and not t.is_nested for t in given)
     if not ordinary or torch.is_autocast_enabled("cpu") or autograd.needs_reference():
         return None
     devices = {str(tensor.device) for tensor in given}
