@@ -147,9 +147,9 @@ class _RnnLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *arguments, relu = arguments
-        outputs = _C.rnn_layer(*arguments[:10], None, arguments[10], None, None, None, None, relu, True)
-        return _save(ctx, arguments, outputs, 2, relu)
+        *tensors, relu = arguments
+        outputs = _C.rnn_layer(*tensors[:10], None, tensors[10], None, None, None, None, relu, True)
+        return _save(ctx, tensors, outputs, 2, relu)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -158,7 +158,7 @@ class _RnnLayer(torch.autograd.Function):
 
 def _other_door(
     operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
-) -> tuple[Tensor, ...]:
+) -> Any:
     """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap."""
     if _C is None or needs_reference():
         return operator.reference(*tensors, batch_sizes, *options)
@@ -207,7 +207,7 @@ def lstm_layer(
         w_ih, w_hh, x, h0, c0, b_ih, b_hh, w_hr,
         w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
     ):
-        return _LstmLayer.apply(
+        return _LstmLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, batch_sizes,
         )
@@ -251,7 +251,7 @@ def gru_layer(
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _GruLayer.apply(
+        return _GruLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, w_ih, w_hh, b_ih, b_hh,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes,
         )
@@ -296,7 +296,7 @@ def rnn_layer(
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _RnnLayer.apply(
+        return _RnnLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, w_ih, w_hh, b_ih, b_hh,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes, relu,
         )

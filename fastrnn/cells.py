@@ -73,7 +73,7 @@ class LSTMCell(HasStock, nn.LSTMCell):
             arguments = _layer_arguments(self, input, () if hx is None else tuple(hx), 2)
             if arguments is not None:
                 x, states, weights = arguments
-                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)
+                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)  # type: ignore[call-arg]
                 return _one_step(input, h), _one_step(input, c)
         return super().forward(input, hx)
 
@@ -97,7 +97,7 @@ class GRUCell(HasStock, nn.GRUCell):
         if arguments is None:
             return super().forward(input, hx)
         x, states, weights = arguments
-        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)
+        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)  # type: ignore[call-arg]
         return _one_step(input, h)
 
 
@@ -122,6 +122,6 @@ class RNNCell(HasStock, nn.RNNCell):
             if arguments is not None:
                 x, states, weights = arguments
                 relu = self.nonlinearity == "relu"
-                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)
+                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)  # type: ignore[call-arg, arg-type]
                 return _one_step(input, h)
         return super().forward(input, hx)

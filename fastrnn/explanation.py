@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, extension
+from . import autograd, extension, operators
 from .modules import GRU, LSTM, RNN
 from .stock import CLASSES, spoken_name, written_class
 
@@ -74,7 +74,7 @@ def _refusal(module: nn.RNNBase | nn.RNNCellBase, input: Any, hx: Any, tensors: 
     given = [tensor for tensor in tensors if tensor is not None]
     plain = (Tensor, nn.Parameter)
     ordinary = all(type(t) in plain and t.layout is torch.strided and not t.is_nested for t in given)
-    if not ordinary or torch.is_autocast_enabled("cpu") or autograd.needs_reference():
+    if not ordinary or torch.is_autocast_enabled("cpu") or operators.needs_reference():
         return None
     devices = {str(tensor.device) for tensor in given}
     if len(devices) > 1:
@@ -126,7 +126,8 @@ def _plan(module: nn.RNNBase | nn.RNNCellBase, input: Tensor | PackedSequence) -
     sizes = _sizes(module, input)
     if 0 in sizes:
         return "an empty batch, nothing to run"
-    first, *others = [_threads(*extension.module.plan(*layer)) for layer in _layers(module, *sizes)]
+    compiled: Any = extension.module
+    first, *others = [_threads(*compiled.plan(*layer)) for layer in _layers(module, *sizes)]
     if set(others) <= {first}:
         return f"{len(others) + 1} layers, each on {first}" if others else first
     return f"the first layer on {first}, the others on {others[0]}"
