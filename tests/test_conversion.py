@@ -399,3 +399,10 @@ def test_to_torch_of_a_compiled_module_runs_torchs_code():
 def test_to_torch_of_a_subclass_is_refused():
     with pytest.raises(TypeError, match=r"fastrnn.to_torch: the class must be fastrnn's own, got the subclass .*OwnFu"):
         OwnFused(3, 5).to_torch()
+
+
+def test_traced_graph_of_fx_is_converted(model):
+    expected = model(tokens())
+    graph = torch.fx.symbolic_trace(model)
+    assert len(fastrnn.convert(graph).converted) == len(NAMES_IN_TAGGER)
+    assert_close(graph(tokens()), expected)
