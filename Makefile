@@ -21,6 +21,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/python tools/check_arrows.py
 	$(BIN)/python tools/check_budget.py
@@ -40,4 +41,4 @@ $(INSTALLED): $(REQUIREMENTS) setup.py pyproject.toml $(CXX_FILES)
 	touch $@
 
 clean:
-	rm -rf .venv build dist fastrnn.egg-info fastrnn/_build.py fastrnn/_C.*.so
+	rm -rf .venv .mypy_cache build dist fastrnn.egg-info fastrnn/_build.py fastrnn/_C.*.so

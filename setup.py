@@ -93,14 +93,14 @@ def ninja_program() -> str:
 
 
 def cuda_decision() -> str:
-    """One sentence on CUDA: built, or why not. It never looks for a GPU."""
+    """Whether CUDA is built, or why not, for the log and for fastrnn/_build.py. It never looks for a GPU."""
     wish = os.environ.get("FASTRNN_CUDA")
     missing = "torch is built without CUDA" if torch.version.cuda is None else ""
     missing = missing or ("" if shutil.which("nvcc") else "nvcc is not on the PATH")
     missing = missing or "this version of fastrnn has no CUDA kernels"
     if wish == "1":
         sys.exit(f"fastrnn: FASTRNN_CUDA=1, but {missing}")
-    return f"fastrnn: built for the CPU only: {'FASTRNN_CUDA=0' if wish == '0' else missing}"
+    return f"not built: {'FASTRNN_CUDA=0' if wish == '0' else missing}"
 
 
 class NinjaBuild(build_ext):
@@ -120,10 +120,12 @@ class NinjaBuild(build_ext):
         os.replace(output.with_suffix(".new"), output)
 
     def run(self) -> None:
-        print(cuda_decision())
+        cuda = cuda_decision()
+        print(f"fastrnn: CUDA {cuda}")
         super().run()
         built_for = [f"TORCH_VERSION = {str(torch.__version__)!r}", f"CXX11_ABI = {torch.compiled_with_cxx11_abi()}"]
-        built_for += [f"FLAGS = {shlex.join([CXX, *CXX_FLAGS])!r}", f"ISA_FLAGS = {ISA_FLAGS!r}", ""]
+        built_for += [f"FLAGS = {shlex.join([CXX, *CXX_FLAGS])!r}", f"ISA_FLAGS = {ISA_FLAGS!r}"]
+        built_for += [f"CUDA = {cuda!r}", ""]
         text = "# SPDX-License-Identifier: BSD-3-Clause\n# Written by setup.py: what _C was built for.\n"
         path = Path(self.get_ext_fullpath("fastrnn._C")).with_name("_build.py")
         path.write_text(text + "\n".join(built_for))

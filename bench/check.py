@@ -71,15 +71,22 @@ def _cases() -> Iterator[Case]:
         yield Case(name, kind, arguments)
         yield Case(name + ", 2 layers, both ways", kind, {**arguments, "num_layers": 2, "bidirectional": True})
         yield Case(name + ", packed", kind, arguments, ragged=True)
+    for name, kind, arguments in kinds:
+        if "proj_size" not in arguments:
+            yield Case(name + ", one step", kind + "Cell", arguments)
 
 
-def _everything(module: nn.RNNBase, x: Tensor, lengths: Tensor | None) -> Outputs:
+def _everything(module: nn.Module, x: Tensor, lengths: Tensor | None) -> Outputs:
     """Outputs, final states and every gradient of the sum of all of them under random cotangents."""
     x = x.clone().requires_grad_()
-    y, state = module(x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False))
-    y = y if lengths is None else y.data
+    if isinstance(module, nn.RNNCellBase):
+        state = module(x[0])
+        names, values = ("h", "c"), ()
+    else:
+        y, state = module(x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False))
+        names, values = ("y", "h_n", "c_n"), (y if lengths is None else y.data,)
     states = state if isinstance(state, tuple) else (state,)
-    outputs = dict(zip(("y", "h_n", "c_n"), (y, *states), strict=False))
+    outputs = dict(zip(names, (*values, *states), strict=False))
     generator = torch.Generator().manual_seed(1)
     weighted = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in outputs.values()]
     torch.autograd.backward(list(outputs.values()), [w.to(x.dtype) for w in weighted])

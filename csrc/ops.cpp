@@ -2,6 +2,7 @@
 // The six operators: their schemas, and the two doors to the same functions: torch.ops.fastrnn.* (the dispatcher) and
 // fastrnn._C.* (pybind11: no dispatcher, no autograd). Derivatives and fake kernels are registered in
 // fastrnn/autograd.py. fastrnn._C also tells how it was built and which instruction set runs.
+#include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -285,6 +286,22 @@ std::vector<std::string> openmp_runtimes() {
   return paths;
 }
 
+// The plan of a layer of these sizes here and now, for fastrnn.explain: (threads, of them in the team of one direction,
+// whether the directions run together, whether a team shares units instead of rows, bytes of scratch). Backward chooses
+// by the same sizes.
+std::tuple<int, int, bool, bool, size_t> plan(const std::string& cell, bool double_precision, int64_t T, int64_t B,
+                                              int64_t I, int64_t H, int64_t P, int64_t D) {
+  TORCH_CHECK_VALUE(cell == "lstm" || cell == "gru" || cell == "rnn", "fastrnn.plan: lstm, gru or rnn, got ", cell);
+  TORCH_CHECK_VALUE(T > 0 && B > 0 && I > 0 && H > 0 && P >= 0 && (D == 1 || D == 2),
+                    "fastrnn.plan: T, B, I and H must be positive, and D must be 1 or 2");
+  cpu::LayerForward layer{};
+  layer.cell = cell == "lstm" ? Cell::lstm : cell == "gru" ? Cell::gru : Cell::rnn_tanh;
+  layer.is_double = double_precision;
+  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.P = P, layer.D = D, layer.N = T * B;
+  const cpu::Plan chosen = cpu::plan_forward(layer, at::get_num_threads());
+  return {chosen.threads, chosen.members, chosen.together, chosen.split_units, chosen.scratch_bytes};
+}
+
 const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -310,6 +327,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &fastrnn::available_isas, "Instruction sets compiled in and supported here, best last.");
   m.def("select_isa", torch::wrap_pybind_function(fastrnn::select_isa), "Switches to an available instruction set.");
   m.def("openmp_runtimes", &fastrnn::openmp_runtimes, "Paths of the OpenMP runtimes in this process.");
+  m.def("plan", torch::wrap_pybind_function(fastrnn::plan),
+        "How the threads share a layer: (threads, members, together, split_units, scratch_bytes).");
   m.def("compiler", &fastrnn::compiler, "Name and version of the compiler that built this module.");
 
   using no_gil = py::call_guard<py::gil_scoped_release>;

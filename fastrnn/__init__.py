@@ -4,6 +4,7 @@
 from . import functional, reference
 from .cells import GRUCell, LSTMCell, RNNCell
 from .compiling import fullgraph
+from .conversion import Conversion, convert, patch, revert
 from .explanation import explain
 from .modules import GRU, LSTM, RNN
 
@@ -13,12 +14,16 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Conversion",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "convert",
     "explain",
     "fullgraph",
     "functional",
+    "patch",
     "reference",
+    "revert",
 ]

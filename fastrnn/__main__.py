@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`python -m fastrnn info` and `python -m fastrnn bench [arguments]`."""
+"""`python -m fastrnn info`, `python -m fastrnn check` and `python -m fastrnn bench [arguments]`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 USAGE = """usage: python -m fastrnn <command> [arguments]
 
 commands:
-  info    what this installation can do, and a self-test against torch.nn
+  info    what this installation can do, and why not more
+  check   every cell against torch.nn and float64, in seconds; exit code 1 where the kernels are wrong or missing
   bench   the benchmark; python -m fastrnn bench --help shows its arguments"""
 
 
@@ -20,10 +22,27 @@ def main(argv: list[str]) -> int:
         from . import info
 
         return info.main()
+    if command == "check":
+        return _check()
     if command == "bench":
         return importlib.import_module("fastrnn.bench.__main__").main(arguments) or 0
     print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
+
+
+def _check() -> int:
+    from . import extension
+
+    if extension.module is None:
+        print(f"fastrnn check: no kernels to check: {extension.reason}. {extension.ADVICE}", file=sys.stderr)
+        return 1
+    with warnings.catch_warnings():
+        # torch.nn says so of its own LSTM with a projection
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+        _, right = importlib.import_module("fastrnn.bench.__main__").run_check()
+    isa = extension.module.isa()
+    print(f"fastrnn check: {'passed' if right else 'FAILED, see WRONG above'} ({isa})")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

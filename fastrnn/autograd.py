@@ -61,7 +61,7 @@ def route(tensors: Iterable[Tensor | None]) -> str:
             if dtype is not None or tensor.dtype not in _DTYPES:
                 return "torch"
             dtype = tensor.dtype
-        if not tensor.is_cpu or tensor.layout is not _STRIDED:
+        if not tensor.is_cpu or tensor.layout is not _STRIDED or tensor.is_nested:
             return "torch"
     return "reference" if needs_reference() else "kernel"
 
@@ -99,6 +99,8 @@ def _refusal(tensors: list[Tensor | None]) -> str:
             return f"a tensor is on {tensor.device} and the kernels are for the CPU"
         if tensor.layout is not _STRIDED:
             return f"a tensor has the layout {tensor.layout}"
+        if tensor.is_nested:
+            return "a tensor is nested"
         if type(tensor) not in _PLAIN and not is_compiling():
             return f"a tensor is a {type(tensor).__name__}, a subclass of Tensor"
     dtypes = {tensor.dtype for tensor in given}
@@ -145,9 +147,9 @@ class _RnnLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *arguments, relu = arguments
-        outputs = _C.rnn_layer(*arguments[:10], None, arguments[10], None, None, None, None, relu, True)
-        return _save(ctx, arguments, outputs, 2, relu)
+        *tensors, relu = arguments
+        outputs = _C.rnn_layer(*tensors[:10], None, tensors[10], None, None, None, None, relu, True)
+        return _save(ctx, tensors, outputs, 2, relu)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,7 +158,7 @@ class _RnnLayer(torch.autograd.Function):
 
 def _other_door(
     operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
-) -> tuple[Tensor, ...]:
+) -> Any:
     """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap.
     While torch.onnx exports, ONNX's own operator."""
     if is_exporting() and torch.onnx.is_in_onnx_export():  # the first test saves the import of torch.onnx
@@ -208,7 +210,7 @@ def lstm_layer(
         w_ih, w_hh, x, h0, c0, b_ih, b_hh, w_hr,
         w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
     ):
-        return _LstmLayer.apply(
+        return _LstmLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, batch_sizes,
         )
@@ -252,7 +254,7 @@ def gru_layer(
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _GruLayer.apply(
+        return _GruLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, w_ih, w_hh, b_ih, b_hh,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes,
         )
@@ -297,7 +299,7 @@ def rnn_layer(
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _RnnLayer.apply(
+        return _RnnLayer.apply(  # type: ignore[no-untyped-call]
             x, h0, w_ih, w_hh, b_ih, b_hh,
             w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes, relu,
         )

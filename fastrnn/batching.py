@@ -26,15 +26,15 @@ def batched(operator: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[t
     in_dims says where it stands in each argument, None where an argument has none. Gradients are recorded below vmap,
     on the tensors given here, so that it is they that decide whether the derivative's buffers are saved.
     """
-    *arguments, save = arguments
-    recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    arguments.append(save or recorded)
+    *given, save = arguments
+    recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in given)
+    given.append(save or recorded)
     results = operator.results
-    given = arguments[operator.tensors : operator.tensors + 2 + operator.after_batch_sizes]
-    extended = any(extra is not None for extra in given)  # ragged batches, resets, masks: of one member each
+    extras = given[operator.tensors : operator.tensors + 2 + operator.after_batch_sizes]
+    extended = any(extra is not None for extra in extras)  # ragged batches, resets, masks: of one member each
     if extended or any(dim is not None for dim in in_dims[results:]):
-        return _one_by_one(operator, info.batch_size, in_dims, arguments)
-    return _folded(operator, info.batch_size, in_dims, arguments)
+        return _one_by_one(operator, info.batch_size, in_dims, given)
+    return _folded(operator, info.batch_size, in_dims, given)
 
 
 def _one_by_one(operator: Any, members: int, in_dims: Dims, arguments: list[Any]) -> tuple[tuple[Tensor, ...], Dims]:

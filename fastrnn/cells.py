@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import autograd
 from .modules import States, Weights, read_weights
+from .stock import HasStock
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -53,7 +54,7 @@ def _one_step(x: Tensor, state: Tensor) -> Tensor:
     return state[0] if x.dim() == 2 else state[0, 0]
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(HasStock, nn.LSTMCell):
     """torch.nn.LSTMCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -72,12 +73,12 @@ class LSTMCell(nn.LSTMCell):
             arguments = _layer_arguments(self, input, () if hx is None else tuple(hx), 2)
             if arguments is not None:
                 x, states, weights = arguments
-                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)
+                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)  # type: ignore[call-arg]
                 return _one_step(input, h), _one_step(input, c)
         return super().forward(input, hx)
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(HasStock, nn.GRUCell):
     """torch.nn.GRUCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -96,11 +97,11 @@ class GRUCell(nn.GRUCell):
         if arguments is None:
             return super().forward(input, hx)
         x, states, weights = arguments
-        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)
+        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)  # type: ignore[call-arg]
         return _one_step(input, h)
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(HasStock, nn.RNNCell):
     """torch.nn.RNNCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -121,6 +122,6 @@ class RNNCell(nn.RNNCell):
             if arguments is not None:
                 x, states, weights = arguments
                 relu = self.nonlinearity == "relu"
-                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)
+                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)  # type: ignore[call-arg, arg-type]
                 return _one_step(input, h)
         return super().forward(input, hx)

@@ -2,7 +2,8 @@
 """Loads the compiled module fastrnn._C once, or says why it cannot be loaded; used by autograd.py and info.py.
 
 A compiled extension works only with the torch that it was built for (torch's C++ interface changes between releases),
-so what setup.py wrote into fastrnn/_build.py is compared with the running torch before the library is touched.
+so what setup.py wrote into fastrnn/_build.py is compared with the running torch before the library is touched. Where
+it cannot be loaded, importing fastrnn warns once, and torch.nn's code runs in its place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from types import ModuleType
 
 import torch
 
+ADVICE = (
+    "Build it for this Python and this torch, in fastrnn's source tree: "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+
 
 def public_version(version: str) -> str:
     """The release part of a version: "2.13.0" of "2.13.0+cpu"; the C++ interface is the same within a release."""
@@ -23,12 +29,9 @@ def public_version(version: str) -> str:
 def mismatch(built_for: str, built_cxx11_abi: bool) -> str | None:
     """Why an extension built for that torch cannot be loaded into the running one; None if it can."""
     if public_version(built_for) != public_version(torch.__version__):
-        return (
-            f"it was built for torch {built_for} but torch {torch.__version__} is running; "
-            "build it again: pip install --no-build-isolation ."
-        )
+        return f"it was built for torch {built_for} but torch {torch.__version__} is running"
     if bool(built_cxx11_abi) != torch.compiled_with_cxx11_abi():
-        return "it was built with another C++ string ABI than the running torch; build it again"
+        return "it was built with another C++ string ABI than the running torch"
     return None
 
 
@@ -37,7 +40,7 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         build = importlib.import_module("fastrnn._build")
     except ImportError:
-        return None, "it is not built (fastrnn/_build.py is missing): pip install --no-build-isolation ."
+        return None, "it is not built (fastrnn/_build.py is missing)"
     why_not = mismatch(build.TORCH_VERSION, build.CXX11_ABI)
     if why_not is not None:
         return None, why_not
@@ -54,3 +57,9 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 module, reason = load()
+if module is None:
+    warnings.warn(
+        f"fastrnn runs without its kernels, on torch.nn's code: the extension is not loaded, since {reason}. {ADVICE}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -85,7 +85,7 @@ def lstm(
     if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
-        y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes)
+        y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes)  # type: ignore[call-arg]
     return y, (h, c)
 
 
@@ -143,7 +143,7 @@ def gru(
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
-    return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)
+    return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)  # type: ignore[call-arg]
 
 
 def rnn(
@@ -206,7 +206,8 @@ def rnn(
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
-    return autograd.rnn_layer(x, *states, *directions[0], *directions[1], batch_sizes, relu)
+    arguments: Any = (x, *states, *directions[0], *directions[1], batch_sizes, relu)
+    return autograd.rnn_layer(*arguments)
 
 
 def _kind(value: Any) -> str:
@@ -263,7 +264,7 @@ def _check(
             raise ValueError(f"fastrnn.{function}: x must be [N, I] when batch_sizes is given, got {list(x.shape)}")
 
     projection = directions[0][4] if len(directions[0]) == 5 else None
-    w_hh = directions[0][1]
+    w_hh: Any = directions[0][1]  # _directions has seen that it is a Tensor
     if w_hh.dim() != 2 or w_hh.shape[0] == 0 or w_hh.shape[0] % gates:
         raise _misfit(function, gates, projection, "w_hh", w_hh, "[G*H, R] with H >= 1")
     if x.shape[-1] == 0:
@@ -330,7 +331,7 @@ def _check_more(
         if sizes[0] != B or sum(sizes) != x.shape[0] or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
             rule = f"non-increasing from B = {B}, at least 1, with the sum N = {x.shape[0]}"
             raise ValueError(f"fastrnn.{function}: batch_sizes must be {rule}, got {sizes}")
-    named = [*zip(state_names, states, strict=True)]
+    named: list[tuple[str, Tensor | None]] = [*zip(state_names, states, strict=True)]
     for row, suffix in zip(directions, ("", "_reverse"), strict=True):
         named += [(name + suffix, weight) for name, weight in zip(_WEIGHT_NAMES, row, strict=False)]
     kind = x.device.type
@@ -345,7 +346,7 @@ def _stock(
     layer: Callable[..., Any], x: Tensor, states: Any, directions: tuple[Weights, Weights], batch_sizes: Tensor | None
 ) -> Any:
     """The same layer by torch's own function, which takes two biases or none."""
-    rows = [list(row) for row in directions if row[0] is not None]
+    rows: list[list[Any]] = [list(row) for row in directions if row[0] is not None]
     biased = any(bias is not None for row in rows for bias in row[2:4])
     flat = []
     for row in rows:

@@ -32,10 +32,12 @@ def report() -> list[tuple[str, str]]:
     build, module = _build(), extension.module
     lines = [
         ("fastrnn", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
-        ("torch", f"{torch.__version__} running, {getattr(build, 'TORCH_VERSION', 'none')} built for"),
+        ("torch", _torch(build)),
         ("extension", "loaded" if module is not None else f"not loaded: {extension.reason}"),
         ("C++ ABI", f"_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
     ]
+    if module is None:
+        lines.append(("what to do", extension.ADVICE))
     if build is not None:
         lines.append(("flags", build.FLAGS if isinstance(build.FLAGS, str) else " ".join(build.FLAGS)))
     if module is not None:
@@ -47,7 +49,7 @@ def report() -> list[tuple[str, str]]:
         ("FASTRNN_ISA", os.environ.get("FASTRNN_ISA", "not set")),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs"),
         ("OpenMP", _openmp(module)),
-        ("CUDA", _cuda()),
+        ("CUDA", _cuda(build)),
     ]
     return lines
 
@@ -68,6 +70,14 @@ def _build() -> ModuleType | None:
         return None
 
 
+def _torch(build: ModuleType | None) -> str:
+    running = f"{torch.__version__} running"
+    if build is None:
+        return f"{running}, nothing built"
+    fault = extension.mismatch(build.TORCH_VERSION, build.CXX11_ABI)
+    return f"{running}, {build.TORCH_VERSION} built for: {'they match' if fault is None else 'they do NOT match'}"
+
+
 def _openmp(module: ModuleType | None) -> str:
     if module is None:
         return "unknown, the extension is not loaded"
@@ -78,13 +88,12 @@ def _openmp(module: ModuleType | None) -> str:
     return listed
 
 
-def _cuda() -> str:
-    kernels = "fastrnn has no CUDA kernels yet, torch.nn's forward is used there"
+def _cuda(build: ModuleType | None) -> str:
+    built = getattr(build, "CUDA", "not built")
     if torch.version.cuda is None:
-        return f"no: torch is built without CUDA; {kernels}"
-    if not torch.cuda.is_available():
-        return f"no: torch finds no CUDA device; {kernels}"
-    return f"no: {kernels} ({torch.cuda.get_device_name()})"
+        return f"{built}; the running torch has no CUDA either"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return f"{built}; torch is built for CUDA {torch.version.cuda} and finds {device}, where torch.nn's code is used"
 
 
 def self_test() -> list[str]:

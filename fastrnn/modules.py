@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, sequences
+from .stock import HasStock
 
 Weights = list[Tensor | None]
 States = tuple[Tensor, ...]
@@ -42,7 +43,7 @@ def read_weights(module: nn.Module, names: Sequence[str]) -> Weights:
     return weights
 
 
-class _Stack(nn.RNNBase):
+class _Stack(HasStock, nn.RNNBase):
     """The forward pass of a stack of layers. LSTM, GRU and RNN add their operator and the form of their states.
 
     Inside, states are always a tuple, (h, c) or (h,), and weights a list in the order of the operator's arguments.
@@ -60,7 +61,7 @@ class _Stack(nn.RNNBase):
         """One layer with its directions. x is [T, B, I] or packed [N, I]; returns y and the final states."""
         raise NotImplementedError
 
-    def _split_states(self, hx: Tensor | States) -> States | None:
+    def _split_states(self, hx: Any) -> States | None:
         """hx as a tuple of states; None if it does not have the form that torch.nn asks for."""
         return (hx,)
 
@@ -85,7 +86,7 @@ class _Stack(nn.RNNBase):
             for weight in weights:
                 if weight is None:
                     name = names[[given is None for given in weights].index(True)]
-                    raise TypeError(f"fastrnn.{self._get_name()}: {name} must be a Tensor, got None")
+                    raise TypeError(f"fastrnn.{type(self).__name__}: {name} must be a Tensor, got None")
             if not self.bias:
                 weights[2:2] = (None, None)
             if len(weights) < slots:
@@ -202,8 +203,9 @@ class _Stack(nn.RNNBase):
         if batch_sizes is not None:
             if unsorted_indices is not None:
                 states = tuple([state.index_select(1, unsorted_indices) for state in states])
-            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        elif len(lead) == 1:
+            packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self._join_states(states)
+        if len(lead) == 1:
             y = y.squeeze(1)
             states = tuple([state.squeeze(1) for state in states])
         elif self.batch_first:
@@ -224,7 +226,7 @@ class _Stack(nn.RNNBase):
         else:
             firsts = [self._zero_states(x, lead)] * len(layers)
         dropout = self.dropout if self.training else 0.0
-        finals = []
+        finals: list[States] = []
         for first, weights in zip(firsts, layers, strict=True):
             if finals and dropout != 0:
                 x = torch.dropout(x, dropout, True)  # on [T, B, D*R] or packed rows: the same mask as torch.nn's
@@ -240,7 +242,7 @@ class _Stack(nn.RNNBase):
         torch.nn does not look at the shapes of weights (oneDNN then reads out of bounds) nor, with a PackedSequence,
         at those of the states (a larger batch is cut, a batch of one is broadcast).
         """
-        if not torch.jit.is_tracing():
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self._check_weights()
             if isinstance(input, PackedSequence) and hx is not None:
                 self._check_packed_states(input, hx)
@@ -264,19 +266,20 @@ class _Stack(nn.RNNBase):
                 shape = shapes[name.partition("_l")[0]]
                 if isinstance(weight, Tensor) and weight.shape != shape:
                     got = list(weight.shape)
-                    raise RuntimeError(f"fastrnn.{self._get_name()}: {name} must be {list(shape)}, got {got}")
+                    raise RuntimeError(f"fastrnn.{type(self).__name__}: {name} must be {list(shape)}, got {got}")
 
     def _check_packed_states(self, input: PackedSequence, hx: Tensor | States) -> None:
         states = self._split_states(hx)
         if states is None:
-            raise RuntimeError(f"fastrnn.{self._get_name()}: hx must be a pair of tensors (h_0, c_0)")
-        shapes = self._state_shapes((self.num_layers * (2 if self.bidirectional else 1), int(input.batch_sizes[0])))
+            raise RuntimeError(f"fastrnn.{type(self).__name__}: hx must be a pair of tensors (h_0, c_0)")
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shapes: Any = self._state_shapes((rows, int(input.batch_sizes[0])))
         for k, (state, expected) in enumerate(zip(states, shapes, strict=True)):
             name = "hidden" if len(states) == 1 else f"hidden[{k}]"
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
 
 
-class LSTM(_Stack, nn.LSTM):
+class LSTM(_Stack, nn.LSTM):  # type: ignore[misc]  # one forward where torch.nn has overloads
     """torch.nn.LSTM on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:
@@ -325,10 +328,10 @@ class LSTM(_Stack, nn.LSTM):
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
-        y, h_n, c_n = autograd.lstm_layer(x, *states, *weights, batch_sizes)
+        y, h_n, c_n = autograd.lstm_layer(x, *states, *weights, batch_sizes)  # type: ignore[call-arg]
         return y, (h_n, c_n)
 
-    def _split_states(self, hx: Tensor | States) -> States | None:
+    def _split_states(self, hx: Any) -> States | None:
         return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 
     def _join_states(self, states: States) -> States:
@@ -342,7 +345,7 @@ class LSTM(_Stack, nn.LSTM):
         return (x.new_zeros((*lead, self.proj_size)) if self.proj_size else c0, c0)
 
 
-class GRU(_Stack, nn.GRU):
+class GRU(_Stack, nn.GRU):  # type: ignore[misc]
     """torch.nn.GRU on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:
@@ -388,11 +391,11 @@ class GRU(_Stack, nn.GRU):
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
-        y, h_n = autograd.gru_layer(x, *states, *weights, batch_sizes)
+        y, h_n = autograd.gru_layer(x, *states, *weights, batch_sizes)  # type: ignore[call-arg]
         return y, (h_n,)
 
 
-class RNN(_Stack, nn.RNN):
+class RNN(_Stack, nn.RNN):  # type: ignore[misc]
     """torch.nn.RNN on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:
@@ -440,5 +443,6 @@ class RNN(_Stack, nn.RNN):
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
-        y, h_n = autograd.rnn_layer(x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")
+        arguments: Any = (x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")
+        y, h_n = autograd.rnn_layer(*arguments)
         return y, (h_n,)

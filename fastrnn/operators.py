@@ -180,10 +180,10 @@ def _differentiable_backward(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        entries = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        entries = [t.view_as(t) if want and t is not None else t for t, want in zip(tensors, wanted, strict=True)]
         outputs = again(*entries)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=False) if g is not None and o.requires_grad]
-        sought = [entry for entry, want in zip(entries, wanted, strict=True) if want]
+        sought = [entry for entry, want in zip(entries, wanted, strict=True) if want and entry is not None]
         if not pairs or not sought:
             return (None,) * len(tensors)
         found = iter(

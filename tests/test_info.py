@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What fastrnn says about itself: info, explain, the ladder of route(), and that importing it has no side effects."""
+"""What fastrnn says about itself: info, check, the ladder of route(), and that importing it has no side effects."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from samples import sample
 
 import fastrnn
 from fastrnn import __main__ as command
-from fastrnn import autograd, extension, info
-
-WITHOUT_EXTENSION = "import sys; sys.modules['fastrnn._build'] = None; import torch, fastrnn; "
+from fastrnn import autograd, info
 
 
 def run(code: str) -> str:
@@ -29,8 +27,32 @@ def run(code: str) -> str:
 def test_info_reports_and_passes_its_self_test(capsys: pytest.CaptureFixture[str], compiled: object) -> None:
     assert command.main(["info"]) == 0
     out = capsys.readouterr().out
-    for wanted in (torch.__version__, "loaded", compiled.isa(), "FASTRNN_ISA", "OpenMP", "CUDA", "passed"):
+    words = ("loaded", "they match", "FASTRNN_ISA", "OpenMP", "CUDA", "passed")
+    for wanted in (torch.__version__, compiled.isa(), *words):
         assert wanted in out
+    assert "what to do" not in out
+
+
+@pytest.mark.parametrize("name", ["lstm_layer", "gru_layer", "rnn_layer"])
+def test_check_passes_and_finds_a_wrong_kernel(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, compiled: object
+) -> None:
+    assert command.main(["check"]) == 0
+    assert f"fastrnn check: passed ({compiled.isa()})" in capsys.readouterr().out
+    right = getattr(autograd, name)
+    monkeypatch.setattr(autograd, name, lambda *arguments: [result * 1.001 for result in right(*arguments)])
+    assert command.main(["check"]) == 1
+    out = capsys.readouterr().out
+    cell = name.partition("_")[0]
+    assert {line.split()[0].rstrip(",") for line in out.splitlines() if "WRONG:" in line} == {cell}
+    assert "FAILED" in out
+
+
+def test_check_of_nothing_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastrnn.extension, "module", None)
+    monkeypatch.setattr(fastrnn.extension, "reason", "it was lost")
+    assert command.main(["check"]) == 1
+    assert "no kernels to check: it was lost. Build it for this Python" in capsys.readouterr().err
 
 
 def test_info_warns_of_two_openmp_runtimes() -> None:
@@ -52,38 +74,7 @@ def test_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> 
     assert command.main(["--help"]) == 0
 
 
-# ---- the extension -------------------------------------------------------------------------------------------------
-
-
-def test_extension_for_another_torch_is_not_loaded() -> None:
-    abi = torch.compiled_with_cxx11_abi()
-    assert extension.mismatch(torch.__version__, abi) is None
-    assert extension.mismatch(torch.__version__.split("+")[0] + "+another", abi) is None
-    assert "built for torch 1.2.3+cpu but torch" in extension.mismatch("1.2.3+cpu", abi)
-    assert "ABI" in extension.mismatch(torch.__version__, not abi)
-
-
-def test_everything_works_without_the_extension() -> None:
-    """Modules, cells and functional form fall back to torch, first and second derivatives included."""
-    out = run(
-        WITHOUT_EXTENSION
-        + """
-x = torch.randn(3, 2, 4, requires_grad=True)
-module = fastrnn.LSTM(4, 5)
-y, _ = module(x)
-z, _ = fastrnn.functional.lstm(x, weights=tuple(module.parameters()))
-torch.testing.assert_close(y, z)
-(g,) = torch.autograd.grad(z.sum(), x, create_graph=True)
-g.square().sum().backward()
-fastrnn.GRUCell(4, 5)(x[0])
-fastrnn.autograd.gru_layer(x, torch.zeros(1, 2, 5), torch.ones(15, 4), torch.ones(15, 5), *(None,) * 7)
-print(fastrnn.explain(module, x))
-from fastrnn.__main__ import main
-assert main(["info"]) == 0
-"""
-    )
-    assert "fastrnn.LSTM -> torch: torch.nn's own forward, because the extension is not loaded: it is not built" in out
-    assert "extension    not loaded: it is not built" in out
+# ---- importing -----------------------------------------------------------------------------------------------------
 
 
 def test_import_changes_no_global_state_and_loads_nothing_slow() -> None:
@@ -148,22 +139,6 @@ def test_tracing_goes_to_torch(compiled: object) -> None:
     seen = []
     torch.jit.trace(lambda t: seen.append(autograd.explain_route((t,))) or t * 2, torch.randn(2), check_trace=False)
     assert seen == ["torch: torch.nn's own forward, because torch.jit.trace is running"]
-
-
-def test_explain_names_class_rung_and_reason(compiled: object) -> None:
-    x = torch.randn(3, 2, 4)
-    isa = compiled.isa()
-    assert fastrnn.explain(fastrnn.LSTM(4, 5), x) == f"fastrnn.LSTM -> kernel: fastrnn's own, {isa}, with gradient"
-    with torch.no_grad():
-        explained = fastrnn.explain(fastrnn.GRU(4, 5, 2), x, torch.zeros(2, 2, 5))
-        assert explained == f"fastrnn.GRU -> kernel: fastrnn's own, {isa}, without gradient"
-        packed = torch.nn.utils.rnn.pack_padded_sequence(x, [3, 2])
-        assert "kernel" in fastrnn.explain(fastrnn.RNN(4, 5), packed)
-        assert "kernel" in fastrnn.explain(fastrnn.LSTMCell(4, 5), x[0], (torch.zeros(2, 5), torch.zeros(2, 5)))
-    assert "mix torch.float32 and torch.float64" in fastrnn.explain(fastrnn.RNN(4, 5), x.double())
-    assert "torch.nn's own class" in fastrnn.explain(torch.nn.LSTM(4, 5), x)
-    with pytest.raises(TypeError, match=r"module must be an LSTM, GRU or RNN, or a cell, got torch.Linear"):
-        fastrnn.explain(torch.nn.Linear(4, 5), x)
 
 
 def test_unknown_instruction_set_in_the_environment_is_named(compiled: object) -> None:

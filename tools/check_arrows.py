@@ -24,15 +24,15 @@ TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/la
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
     ("_C", "_build"),
-    ("extension", "reference", "batching", "checks", "onnx_export"),
+    ("extension", "reference", "batching", "checks", "onnx_export", "stock"),
     ("extras",),
     ("operators",),
     ("autograd",),
     ("extended",),
     ("functional", "compiling", "sequences"),
     ("modules",),
-    ("cells", "convert"),
-    ("explanation", "info"),
+    ("cells",),
+    ("conversion", "explanation", "info"),
     ("__init__",),
     ("__main__",),
 )
