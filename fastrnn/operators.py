@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import extension, reference
-from .batching import batched, only_vmap_active
+from .batching import Dims, batched, forward_mode_active
+from .gradients import LayerGradients, reference_gradients
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -32,11 +32,11 @@ def transforms_active() -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether a call made now must take the reference: under every transform but vmap, which batching.py handles.
+    """Whether a call made now must take the reference: under forward-mode AD, and where a compiler meets a transform.
 
-    The registered derivative of an operator would give forward-mode AD a tangent of zero and no error.
+    vmap, grad and vjp stay on the kernels (transforms.py); an operator has no forward-mode derivative.
     """
-    return transforms_active() and (is_compiling() or not only_vmap_active())
+    return transforms_active() and (is_compiling() or forward_mode_active())
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,19 @@ class Operator:
     buffers: int  # outputs after them, for the derivative alone: gates, and cells for an LSTM
     after_batch_sizes: int  # extras that follow batch_sizes in the schema, none of them built yet
     options: int  # bools between the extras and save
+    # Which of the gradients of gates that the backward sweep leaves are those of the rows of w_ih and of w_hh, in their
+    # order; None: all, as they are (csrc/cells/*.h: kInput, kRecurrent, input_gate, recurrent_gate).
+    input_gates: list[int] | None
+    recurrent_gates: list[int] | None
     reference: Callable[..., tuple[Tensor, ...]]
 
     def extras(self, batch_sizes: Tensor | None) -> tuple[Tensor | None, ...]:
         """The extras, of which today only batch_sizes can be given."""
         return (None, batch_sizes, *(None,) * self.after_batch_sizes)
+
+    def options_of(self, arguments: Sequence[Any]) -> tuple[bool, ...]:
+        """The options among the arguments of the operator, in the order of the schema."""
+        return tuple(arguments[len(arguments) - 1 - self.options : -1])
 
     @property
     def overload(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -66,20 +74,32 @@ class Operator:
     def backward_name(self) -> str:
         return f"{self.name}_backward"
 
+    @property
+    def backward_overload(self) -> Callable[..., tuple[Tensor, ...]]:
+        return getattr(torch.ops.fastrnn, self.backward_name).default
+
+    @property
+    def row_gradients_overload(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The backward without the sums over rows, see csrc/ops.cpp."""
+        return getattr(torch.ops.fastrnn, f"{self.name}_row_gradients").default
+
 
 # fmt: off
 LSTM = Operator("lstm_layer", gates=4, tensors=13, results=3, buffers=2, after_batch_sizes=6, options=0,
-                reference=reference.lstm_layer)
+                input_gates=None, recurrent_gates=None, reference=reference.lstm_layer)
 GRU = Operator("gru_layer", gates=3, tensors=10, results=2, buffers=1, after_batch_sizes=4, options=0,
-               reference=reference.gru_layer)
+               input_gates=[1, 2, 0], recurrent_gates=[1, 2, 3], reference=reference.gru_layer)
 RNN = Operator("rnn_layer", gates=1, tensors=10, results=2, buffers=0, after_batch_sizes=4, options=1,
-               reference=reference.rnn_layer)
+               input_gates=None, recurrent_gates=None, reference=reference.rnn_layer)
 # fmt: on
 
 
-def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def backward(
+    operator: Operator, ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
+) -> tuple[Tensor | None, ...]:
     """The gradients of an operator's tensors, given those of y and the final states; both doors end here.
 
+    transformed: recorded by torch.func, which differentiates every gradient as if it were needed again.
     ctx.saved_tensors holds the tensors, batch_sizes, y and the buffers; ctx.options the operator's options; ctx.saved
     whether the forward filled the buffers; ctx.direct whether it went past the dispatcher.
     """
@@ -96,20 +116,29 @@ def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -
                 direct = False
     if undefined:
         return (None,) * count
-    if torch.is_grad_enabled() or transforms_active():  # create_graph, vmap of the backward, forward over reverse
+    functorch, reference = _functorch_active(), needs_reference()
+    if functorch and reference:  # forward over reverse, by torch.func
+        given = (*gradients, *tensors)
+        found = iter(reference_gradients(operator, wanted, batch_sizes, ctx.options, given))
+        return tuple([next(found) if want else None for want in wanted])
+    transformed = (transformed or functorch) and not reference
+    if not transformed and (reference or torch.is_grad_enabled()):  # create_graph; forward over reverse
         return _differentiable_backward(operator, tensors, (batch_sizes, *ctx.options), gradients, wanted)
 
     extras = operator.extras(batch_sizes)
-    if not ctx.saved:  # called through torch.ops with save=False although a gradient was needed: run it once more
-        buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+    if not ctx.saved:  # called with save=False although a gradient was needed: run it once more
+        with torch.no_grad():
+            buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+    if transformed:
+        found = LayerGradients.apply(
+            operator, None, tuple(wanted), batch_sizes, tuple(ctx.options), *gradients, *tensors, y, *buffers
+        )
+        return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
     needs = 0
     for position, want in enumerate(wanted):
         if want:
             needs |= 1 << position
-    if direct:
-        run = getattr(extension.module, operator.backward_name)
-    else:
-        run = getattr(torch.ops.fastrnn, operator.backward_name).default
+    run = getattr(extension.module, operator.backward_name) if direct else operator.backward_overload
     found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs)
     return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
 
@@ -128,7 +157,7 @@ def _differentiable_backward(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        entries = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        entries = [_alias(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
         outputs = operator.reference(*entries, *tail)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
         sought = [entry for entry, want in zip(entries, wanted, strict=True) if want]
@@ -146,22 +175,96 @@ def _differentiable_backward(
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _register_derivative(operator: Operator) -> None:
-    count, results = operator.tensors, operator.results
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def keep(operator: Operator, ctx: Any, arguments: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keeps what backward() needs after a call of the operator itself, arguments in the order of its schema."""
+    buffers = output[operator.results :]
+    ctx.save_for_backward(*arguments[: operator.tensors], arguments[operator.tensors + 1], output[0], *buffers)
+    ctx.mark_non_differentiable(*buffers)
+    ctx.set_materialize_grads(False)
+    ctx.operator, ctx.options = operator, operator.options_of(arguments)
+    ctx.saved, ctx.direct = arguments[-1], False
+
+
+def backward_of_all(
+    ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
+) -> tuple[Tensor | None, ...]:
+    """backward() for what keep() kept: a gradient, or None, for each argument in the schema."""
+    operator = ctx.operator
     undifferentiated = (None,) * (2 + operator.after_batch_sizes + operator.options + 1)
+    return *backward(operator, ctx, gradients[: operator.results], transformed), *undifferentiated
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        buffers = output[results:]
-        ctx.save_for_backward(*inputs[:count], inputs[count + 1], output[0], *buffers)
-        ctx.mark_non_differentiable(*buffers)
-        ctx.set_materialize_grads(False)
-        ctx.options = inputs[len(inputs) - 1 - operator.options : -1]
-        ctx.saved, ctx.direct = inputs[-1], False
 
-    def backward_of_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(operator, ctx, gradients[:results]), *undifferentiated
+class _Recorded(torch.autograd.Function):
+    """apply(*arguments, operator, keys): an operator called through the dispatcher while a gradient is needed."""
 
-    torch.library.register_autograd(f"fastrnn::{operator.name}", backward_of_all, setup_context=setup_context)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *arguments, operator, keys = arguments
+        output = _below_autograd(operator, keys, arguments)
+        keep(operator, ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward_of_all(ctx, gradients), None, None
+
+
+def _below_autograd(operator: Operator, keys: torch.DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _register_derivative(operator: Operator) -> None:
+    """The kernel of the dispatcher's Autograd key.
+
+    torch.library.register_autograd would do but for torch.func, where it refuses to be differentiated, and for
+    forward-mode AD, where its tangent would be zero, and no error. A direct call of the operator is there what a
+    composite of torch's own operators would be: the reference; the buffers, which are not differentiable, come from
+    the kernel. (Modules and functional forms do not come here under a transform, but through transforms.py.)
+    """
+
+    def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if forward_ad._current_level >= 0 or (recorded and _functorch_active()):
+            with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+                buffers = _below_autograd(operator, keys, arguments)[operator.results :]
+            tensors, batch_sizes = arguments[: operator.tensors], arguments[operator.tensors + 1]
+            return *operator.reference(*tensors, batch_sizes, *operator.options_of(arguments)), *buffers
+        if recorded:
+            return _Recorded.apply(*arguments, operator, keys)
+        return _below_autograd(operator, keys, arguments)
+
+    _library.impl(operator.name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_no_derivative(name: str) -> None:
+    """The same for the two operators of a backward pass: their derivative is gradients.py's, and not to be had from a
+    direct call. Without this it would be zero in some cases, and no error."""
+    overload = getattr(torch.ops.fastrnn, name).default
+
+    def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if recorded or (forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))):
+            raise NotImplementedError(f"fastrnn.{name}: no derivative here; that of fastrnn.functional has one")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _register_vmap(operator: Operator) -> None:
+    def rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Dims]:
+        return batched(operator, operator.overload, info.batch_size, in_dims, arguments)
+
+    torch.library.register_vmap(f"fastrnn::{operator.name}", rule)
 
 
 def _padded(units: int) -> int:
@@ -197,12 +300,33 @@ def _register_fakes(operator: Operator) -> None:
             for position, tensor in enumerate(tensors)
         )
 
+    def row_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+        x, h0, weights = arguments[results], arguments[results + 1], arguments[2 * results : results + count]
+        directions = h0.shape[0]
+        units, rows = weights[1].shape[0] // operator.gates, math.prod(x.shape[:-1])
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        outputs = [
+            x.new_empty(tensor.shape if arguments[-1] >> position & 1 else (0,))
+            for position, tensor in enumerate(arguments[results : 2 * results])
+        ]
+        stored = operator.gates if operator.recurrent_gates is None else 1 + operator.gates
+        outputs.append(x.new_empty((directions, rows, stored * units), dtype=dtype))
+        if results == 3:
+            shape = (0,) if weights[4] is None else (directions, rows, h0.shape[2])
+            outputs.append(x.new_empty(shape, dtype=dtype))
+        return tuple(outputs)
+
     torch.library.register_fake(f"fastrnn::{operator.name}", forward)
+    torch.library.register_fake(f"fastrnn::{operator.name}_row_gradients", row_gradients)
     torch.library.register_fake(f"fastrnn::{operator.backward_name}", backward)
 
+
+_library = torch.library.Library("fastrnn", "FRAGMENT")  # what is registered lives as long as this object
 
 if extension.module is not None:
     for _operator in (LSTM, GRU, RNN):
         _register_derivative(_operator)
+        _register_no_derivative(_operator.backward_name)
+        _register_no_derivative(f"{_operator.name}_row_gradients")
         _register_fakes(_operator)
-        torch.library.register_vmap(f"fastrnn::{_operator.name}", partial(batched, _operator))
+        _register_vmap(_operator)

@@ -25,7 +25,9 @@ TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/la
 LAYERS = (
     ("_C", "_build"),
     ("extension", "reference", "batching"),
+    ("gradients",),
     ("operators",),
+    ("transforms",),
     ("autograd",),
     ("functional", "compiling"),
     ("modules",),
