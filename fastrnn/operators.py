@@ -116,6 +116,8 @@ def backward(
                 direct = False
     if undefined:
         return (None,) * count
+    if operator.results == 3 and gradients[0] is None and gradients[1] is None:
+        wanted = _without_projection(tensors, batch_sizes, wanted)
     functorch, reference = _functorch_active(), needs_reference()
     if functorch and reference:  # forward over reverse, by torch.func
         given = (*gradients, *tensors)
@@ -173,6 +175,14 @@ def _differentiable_backward(
             )
         )
     return tuple(next(found) if want else None for want in wanted)
+
+
+def _without_projection(tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, wanted: Any) -> Sequence[bool]:
+    """What is wanted of an LSTM of which only c_n is used: after a single step the projection has no part in it, and
+    its gradient is none, as in torch, rather than zero."""
+    if tensors[7] is None or (tensors[0] if batch_sizes is None else batch_sizes).shape[0] > 1:
+        return wanted
+    return tuple([want and position not in (7, 12) for position, want in enumerate(wanted)])
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ LAYERS = (
     ("operators",),
     ("transforms",),
     ("autograd",),
-    ("functional", "compiling"),
+    ("functional", "compiling", "scripting"),
     ("modules",),
     ("cells", "convert"),
     ("explanation", "info"),
