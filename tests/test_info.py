@@ -139,7 +139,8 @@ def test_each_reason_for_another_rung_is_named(compiled: object) -> None:
     rungs = []
     torch.func.vmap(lambda t: rungs.append(autograd.route((t,))) or t)(plain)
     torch.func.grad(lambda t: rungs.append(autograd.route((t,))) or t.sum())(plain)
-    assert rungs == ["kernel", "reference"]
+    torch.func.jvp(lambda t: rungs.append(autograd.route((t,))) or t, (plain,), (plain,))
+    assert rungs == ["kernel", "kernel", "reference"]
     assert autograd.route((plain,)) == "kernel"
 
 
