@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -147,3 +149,28 @@ def test_conversions_there_and_back_keep_the_results(name: str) -> None:
     assert first(ours.half()(x.half())).dtype is torch.float16
     assert first(ours.to(torch.float32)(x)).dtype is torch.float32
     assert torch.equal(first(ours.share_memory().cpu()(x)), first(ours(x)))
+
+
+SETTINGS = """
+import sys, warnings, signal, torch
+
+def settings():
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.initial_seed(),
+        torch.get_rng_state().tolist(), torch.backends.mkldnn.enabled,
+        torch.__future__.get_swap_module_params_on_conversion(),
+        torch.nn.LSTM, torch.nn.LSTM.forward, torch.nn.RNNBase.__setstate__, warnings.filters[:],
+        signal.getsignal(signal.SIGINT),
+    )
+
+torch.empty(1)
+before = settings()
+import fastrnn
+assert settings() == before
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_import_changes_no_global_configuration() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", SETTINGS], check=True)
