@@ -120,6 +120,7 @@ def test_ordinary_calls_take_the_kernel(compiled: object) -> None:
     assert autograd.route((torch.randn(1, 1, 1), torch.nn.Parameter(torch.randn(1)), None)) == "kernel"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own forward mode
 def test_each_reason_for_another_rung_is_named(compiled: object) -> None:
     plain = torch.randn(2, 2, 2)
     for tensors, reason in (
