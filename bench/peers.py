@@ -115,6 +115,7 @@ class TorchContender:
         self._module = build_module(library, problem.cell, problem.shape, problem.x.dtype)
         self._module.load_state_dict(problem.weights)
         self._module.train(problem.training)  # in train mode oneDNN's LSTM keeps a workspace, also without gradient
+        self._members = problem.pass_ == "vmap" and library is not nn  # torch.nn's layers refuse vmap
         self._cell: nn.RNNCellBase | None = None
         if problem.pass_ == "cell":
             layer = getattr(library, KINDS[problem.cell] + "Cell")
@@ -132,6 +133,9 @@ class TorchContender:
             return lambda: cell(x, state)
         if problem.state is not None:
             return lambda: module(problem.x, problem.state)
+        if self._members:
+            mapped = torch.vmap(module, in_dims=1, out_dims=1)
+            return lambda: mapped(problem.x)
         call = self._call
         x = _packed(problem.x, problem.lengths) if problem.packed else problem.x
         return lambda: call(x, None)

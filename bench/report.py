@@ -121,7 +121,8 @@ def _pairs(rows: Iterable[Row], change: Mapping[str, object], partner: Mapping[s
 
 
 def gains(rows: Sequence[Row]) -> list[str]:
-    """fastrnn against itself: more threads against one (B >= 16), a token of a packed batch against a padded one."""
+    """fastrnn against itself: more threads against one (B >= 16), torch.vmap over B sequences against a batch of B, a
+    token of a packed batch against a padded one."""
     lines = []
     for threads in sorted({row["threads"] for row in rows} - {1}):
         pairs = [(one, more) for more, one in _pairs(rows, {"threads": threads}, {"threads": 1}) if more["B"] >= 16]
@@ -131,6 +132,12 @@ def gains(rows: Sequence[Row]) -> list[str]:
             mean = _mean([factor for factor, _ in factors])
             text = f"{threads} threads over 1, B >= 16, {len(factors)} rows: {mean:.2f}x, least {least:.2f}x"
             lines.append(f"{text} ({row['cell']} {row['shape']} {row['pass']})")
+    costs = [
+        mapped["ours"]["median"] / whole["ours"]["median"]
+        for mapped, whole in _pairs(rows, {"pass": "vmap"}, {"pass": "inference"})
+    ]
+    if costs:
+        lines.append(f"torch.vmap over one batch, {len(costs)} rows: {_mean(costs):.2f}x, most {max(costs):.2f}x")
     for pass_ in ("inference", "training"):
         pairs = _pairs(rows, {"pass": "packed-" + pass_}, {"pass": pass_})
         costs = [

@@ -9,6 +9,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn": 1}  # G; cells in the order of the tables
 PASSES = {
     "inference": "one forward call without gradient",
     "training": "forward and backward, gradients of x and of every weight",
+    "vmap": "inference, each sequence a member of torch.vmap; the peers take them as the batch that they are",
     "packed-inference": "inference on a PackedSequence, lengths uniform in T/4..T",
     "packed-training": "training on a PackedSequence, lengths uniform in T/4..T",
     "lengths-inference": "inference on a padded batch, lengths uniform in T/4..T; torch.nn packs and pads",
@@ -22,6 +23,7 @@ PASSES = {
 CALLS = ("call", "call-training", "cell")  # passes of one step: latency, measured on one thread unless --full
 EVERY_CELL = tuple(GATES)
 LAYER = ("inference", "training")
+MEMBERS = ("inference", "training", "vmap")
 PACKED = ("inference", "training", "packed-inference", "packed-training", "lengths-inference", "lengths-training")
 EPISODES = ("inference", "training", "reset-inference", "reset-training")
 
@@ -107,8 +109,8 @@ _STREAMING = [
 _GRID = [
     Shape("grid-h128-b16", 100, 16, 128, 128, "size grid"),
     Shape("grid-h256-b16", 100, 16, 256, 256, "size grid", quick=EVERY_CELL),
-    Shape("grid-h256-b64", 50, 64, 256, 256, "size grid"),
-    Shape("grid-h512-b64", 30, 64, 512, 512, "size grid", quick=EVERY_CELL),
+    Shape("grid-h256-b64", 50, 64, 256, 256, "size grid", passes=MEMBERS),
+    Shape("grid-h512-b64", 30, 64, 512, 512, "size grid", passes=MEMBERS, quick=EVERY_CELL),
     Shape("grid-h1024-b64", 25, 64, 1024, 1024, "size grid; for the LSTM: DeepBench, training set", quick=("lstm",)),
     Shape("grid-h128-b4", 100, 4, 128, 128, "size grid"),
     Shape("grid-h256-b4", 100, 4, 256, 256, "size grid", quick=EVERY_CELL),

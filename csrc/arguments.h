@@ -77,9 +77,17 @@ constexpr int kMaxGradients = 15;
 constexpr int gradient_count(Cell cell) { return cell == Cell::lstm ? kMaxGradients : 11; }
 using Gradients = std::array<Tensor, kMaxGradients>;
 
+// The backward pass without the sums over rows, in the type of the kernels but for the first three.
+struct RowGradients {
+  Tensor d_x, d_h0, d_c0;  // [0] when not wanted; d_c0 LSTM only
+  Tensor d_gates;          // [D, N, stored*H], see DirectionBackward
+  Tensor d_h;              // [D, N, P], LSTM with a projection, else [0]
+};
+
 namespace cpu {
 LayerResults layer_forward(const LayerArguments& arguments, const Sizes& sizes, bool save);
 Gradients layer_backward(const BackwardArguments& arguments, const Sizes& sizes);
+RowGradients layer_row_gradients(const BackwardArguments& arguments, const Sizes& sizes);
 }  // namespace cpu
 
 }  // namespace fastrnn

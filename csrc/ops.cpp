@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The six operators: their schemas, and the two doors to the same functions: torch.ops.fastrnn.* (the dispatcher) and
+// The nine operators: their schemas, and the two doors to the same functions: torch.ops.fastrnn.* (the dispatcher) and
 // fastrnn._C.* (pybind11: no dispatcher, no autograd). Derivatives and fake kernels are registered in
 // fastrnn/autograd.py. fastrnn._C also tells how it was built and which instruction set runs.
 #include <ATen/Parallel.h>
@@ -23,6 +23,8 @@
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
 // d_* is the gradient of *. Bit k of `needs`: output k of the backward is wanted; those that are not come out as [0].
+// *_row_gradients is the backward without the sums over rows, for gradients of the weights that are summed otherwise
+// (one for each sample): d_gates [D, N, stored*H] and d_h [D, N, P] are always wanted, see cpu/layer.h.
 // clang-format off
 #define WEIGHTS "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 #define WEIGHTS_REVERSE "Tensor? w_ih_reverse, Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse"
@@ -55,6 +57,14 @@ TORCH_LIBRARY(fastrnn, m) {
         "Tensor y, Tensor gates, int needs) -> " GRU_GRADIENTS, tags);
   m.def("rnn_layer_backward(Tensor? d_y, Tensor? d_h_n, " RNN_INPUTS ", "
         "Tensor y, bool relu, int needs) -> " RNN_GRADIENTS, tags);
+
+  m.def("lstm_layer_row_gradients(Tensor? d_y, Tensor? d_h_n, Tensor? d_c_n, " LSTM_INPUTS ", "
+        "Tensor y, Tensor gates, Tensor cells, int needs)"
+        " -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor d_gates, Tensor d_h)", tags);
+  m.def("gru_layer_row_gradients(Tensor? d_y, Tensor? d_h_n, " GRU_INPUTS ", "
+        "Tensor y, Tensor gates, int needs) -> (Tensor d_x, Tensor d_h0, Tensor d_gates)", tags);
+  m.def("rnn_layer_row_gradients(Tensor? d_y, Tensor? d_h_n, " RNN_INPUTS ", "
+        "Tensor y, bool relu, int needs) -> (Tensor d_x, Tensor d_h0, Tensor d_gates)", tags);
 }
 // clang-format on
 
@@ -124,7 +134,6 @@ class Reader {
     b.y = tensor();
     if (cpu::saved_per_unit(cell) != 0) b.gates = tensor();
     if (lstm) b.cells = tensor();
-    if (lstm) b.d_cells = tensor();
     return b;
   }
 
@@ -150,8 +159,18 @@ template <int count>
 auto backward(const BackwardArguments& arguments) {
   checks::Checker checker(arguments.layer);
   const Sizes sizes = checker.layer();
-  checker.backward(arguments, sizes);
+  checker.backward(arguments, sizes, count);
   return tuple_of(cpu::layer_backward(arguments, sizes), std::make_index_sequence<count>());
+}
+
+RowGradients row_gradients(const BackwardArguments& arguments) {
+  const LayerArguments& a = arguments.layer;
+  const bool extended = a.lengths || a.reset || a.reset_h || a.reset_c || a.h_mask || a.zoneout_h || a.zoneout_c;
+  TORCH_CHECK_NOT_IMPLEMENTED(!extended, "fastrnn.", a.name, ": lengths, resets and masks are not supported here");
+  checks::Checker checker(a);
+  const Sizes sizes = checker.layer();
+  checker.backward(arguments, sizes, arguments.layer.cell == Cell::lstm ? 3 : 2);
+  return cpu::layer_row_gradients(arguments, sizes);
 }
 
 Cell rnn_cell(bool relu) { return relu ? Cell::rnn_relu : Cell::rnn_tanh; }
@@ -177,6 +196,7 @@ auto rnn_layer(Reader& next) {
 
 auto lstm_layer_backward(Reader& next) {
   BackwardArguments b = next.backward("lstm_layer_backward", Cell::lstm);
+  b.d_cells = next.tensor();
   b.needs = next.integer();
   return backward<gradient_count(Cell::lstm)>(b);
 }
@@ -192,6 +212,29 @@ auto rnn_layer_backward(Reader& next) {
   b.layer.cell = rnn_cell(next.integer());
   b.needs = next.integer();
   return backward<gradient_count(Cell::rnn_tanh)>(b);
+}
+
+auto lstm_layer_row_gradients(Reader& next) {
+  BackwardArguments b = next.backward("lstm_layer_row_gradients", Cell::lstm);
+  b.needs = next.integer();
+  RowGradients r = row_gradients(b);
+  return std::make_tuple(std::move(r.d_x), std::move(r.d_h0), std::move(r.d_c0), std::move(r.d_gates),
+                         std::move(r.d_h));
+}
+
+auto gru_layer_row_gradients(Reader& next) {
+  BackwardArguments b = next.backward("gru_layer_row_gradients", Cell::gru);
+  b.needs = next.integer();
+  RowGradients r = row_gradients(b);
+  return std::make_tuple(std::move(r.d_x), std::move(r.d_h0), std::move(r.d_gates));
+}
+
+auto rnn_layer_row_gradients(Reader& next) {
+  BackwardArguments b = next.backward("rnn_layer_row_gradients", Cell::rnn_tanh);
+  b.layer.cell = rnn_cell(next.integer());
+  b.needs = next.integer();
+  RowGradients r = row_gradients(b);
+  return std::make_tuple(std::move(r.d_x), std::move(r.d_h0), std::move(r.d_gates));
 }
 
 // ---- their C++ signatures, compared with the schemas when they are registered --------------------------------------
@@ -247,12 +290,16 @@ void for_each_operator(Define define) {
   define("lstm_layer", &Operator<lstm_layer, decltype(lstm_inputs + flag)>::call);
   define("gru_layer", &Operator<gru_layer, decltype(gru_inputs + flag)>::call);
   define("rnn_layer", &Operator<rnn_layer, decltype(rnn_inputs + flag + flag)>::call);
-  define("lstm_layer_backward", &Operator<lstm_layer_backward, decltype(lstm_cotangents + lstm_inputs + given + given +
-                                                                        given + integer + maybe)>::call);
-  define("gru_layer_backward",
-         &Operator<gru_layer_backward, decltype(gru_cotangents + gru_inputs + given + given + integer)>::call);
-  define("rnn_layer_backward",
-         &Operator<rnn_layer_backward, decltype(rnn_cotangents + rnn_inputs + given + flag + integer)>::call);
+  using LstmRows = decltype(lstm_cotangents + lstm_inputs + given + given + given + integer);
+  using LstmBackward = decltype(LstmRows() + maybe);  // d_cells
+  using GruBackward = decltype(gru_cotangents + gru_inputs + given + given + integer);
+  using RnnBackward = decltype(rnn_cotangents + rnn_inputs + given + flag + integer);
+  define("lstm_layer_backward", &Operator<lstm_layer_backward, LstmBackward>::call);
+  define("gru_layer_backward", &Operator<gru_layer_backward, GruBackward>::call);
+  define("rnn_layer_backward", &Operator<rnn_layer_backward, RnnBackward>::call);
+  define("lstm_layer_row_gradients", &Operator<lstm_layer_row_gradients, LstmRows>::call);
+  define("gru_layer_row_gradients", &Operator<gru_layer_row_gradients, GruBackward>::call);
+  define("rnn_layer_row_gradients", &Operator<rnn_layer_row_gradients, RnnBackward>::call);
 }
 
 // ---- facts about the build and the process -------------------------------------------------------------------------

@@ -2,16 +2,17 @@
 """The way to the kernels: which rung of the ladder a call takes, and through which door; called by functional.py,
 modules.py and cells.py. The operators' derivatives and fake kernels are registered in operators.py.
 
-The ladder: "kernel" for ordinary CPU tensors, also under vmap; "reference" (reference.py) under the other transforms of
-torch.func and forward-mode AD, where an operator with a registered derivative would give a tangent of zero and no
-error; "torch" (torch.nn's own forward, which the caller runs) for whatever the kernels do not take.
+The ladder: "kernel" for ordinary CPU tensors, also under vmap, grad and vjp of torch.func; "reference" (reference.py)
+under forward-mode AD, for which the operators have no derivative; "torch" (torch.nn's own forward, which the caller
+runs) for whatever the kernels do not take.
 
 The doors of the kernel rung, all to the same C++ function. Times of a call with T = 1, B = 1, H = 64 (see
 docs/architecture.md) are why there are three:
 - no gradient needed: pybind11, directly;
 - gradient needed: a torch.autograd.Function with a plain forward(ctx, ...); one with setup_context re-binds the
   signature at every call;
-- torch.compile, torch.export, vmap, or a dispatch mode that wants to see operators: torch.ops.fastrnn.
+- torch.func: transforms.py, which ends in torch.ops.fastrnn; vmap alone ends in the first two;
+- torch.compile, torch.export, or a dispatch mode that wants to see operators: torch.ops.fastrnn.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from . import extension, onnx_export
+from .batching import only_vmap_active, through_vmap
 from .operators import GRU, LSTM, RNN, Operator, backward, needs_reference
+from .transforms import TransformedLayer
 
 _C: Any = extension.module
 
@@ -77,9 +80,7 @@ def explain_route(tensors: Iterable[Tensor | None]) -> str:
     if rung == "kernel":
         return f"kernel: fastrnn's own, {_C.isa()}"
     if rung == "reference":
-        return (
-            "reference: plain PyTorch (fastrnn.reference), because a torch.func transform or forward-mode AD is active"
-        )
+        return "reference: plain PyTorch (fastrnn.reference), because forward-mode AD is active"
     return f"torch: torch.nn's own forward, because {_refusal(tensors)}"
 
 
@@ -159,14 +160,20 @@ class _RnnLayer(torch.autograd.Function):
 def _other_door(
     operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
 ) -> Any:
-    """The reference under a transform or without the extension; else the operator, for a compiler, a mode or vmap.
-    While torch.onnx exports, ONNX's own operator."""
+    """The reference under forward-mode AD or without the extension; else the operator, for torch.func, a compiler or a
+    mode. While torch.onnx exports, ONNX's own operator."""
     if is_exporting() and torch.onnx.is_in_onnx_export():  # the first test saves the import of torch.onnx
         return onnx_export.layer(operator, tensors, batch_sizes, options)
     if _C is None or needs_reference():
         return operator.reference(*tensors, batch_sizes, *options)
     save = is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return operator.overload(*tensors, *operator.extras(batch_sizes), *options, save)[: operator.results]
+    arguments = (*tensors, *operator.extras(batch_sizes), *options, save)
+    if _functorch_active() and not is_compiling():
+        if only_vmap_active():
+            layer = globals()[operator.name]  # of this module: it takes a door of its own, below the vmap
+            return through_vmap(operator, layer, tensors, batch_sizes, options)
+        return TransformedLayer.apply(*arguments, operator)[: operator.results]
+    return operator.overload(*arguments)[: operator.results]
 
 
 # The three functions below are the hot path of a call with T = 1: no helper is called and nothing is packed before the

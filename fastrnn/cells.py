@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import autograd
 from .modules import States, Weights, read_weights
+from .scripting import scriptable
 from .stock import HasStock
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -67,6 +68,9 @@ class LSTMCell(HasStock, nn.LSTMCell):
     Source: see fastrnn.LSTM.
     """
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: input [B, I] or [I], hx the pair (h, c) of [B, H] or [H], zeros if None; returns (h', c')."""
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
@@ -91,6 +95,9 @@ class GRUCell(HasStock, nn.GRUCell):
     Source: see fastrnn.GRU.
     """
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
         arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
@@ -114,6 +121,9 @@ class RNNCell(HasStock, nn.RNNCell):
 
     Source: see fastrnn.RNN.
     """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""

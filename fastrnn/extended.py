@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from . import autograd, extension
 from .extras import Extras
-from .operators import Operator, backward, needs_reference, transforms_active
+from .operators import Operator, backward, extended_needs_reference, transforms_active
 
 _C: Any = extension.module
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -72,7 +72,7 @@ def layer(
     """
     arguments = extras.arguments(operator.gates == 4, batch_sizes)
     results = operator.results
-    if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or needs_reference():
+    if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or extended_needs_reference():
         _check_range(operator, tensors, extras.lengths)
         found = operator.extended_reference(tensors, arguments, options)
         return found if all_cells else found[:results]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, sequences
+from .scripting import scriptable
 from .stock import HasStock
 
 Weights = list[Tensor | None]
@@ -77,16 +78,29 @@ class _Stack(HasStock, nn.RNNBase):
         """Initial states of one layer; lead is (D, B)."""
         return (x.new_zeros((*lead, self.hidden_size)),)
 
-    def _layer_weights(self) -> list[Weights]:
-        """For each layer the weights of its directions, in the order of the operator's arguments."""
+    def _layer_weights(self) -> list[Weights] | None:
+        """For each layer the weights of its directions, in the order of the operator's arguments.
+
+        None if there are not as many as the attributes say, which a program may have changed since.
+        """
         slots = self._weights_per_direction
+        rows = self._all_weights  # torch.nn's list of names: an entry for each layer and direction
+        expected = (4 if self.bias else 2) + (self.proj_size > 0)
+        if len(rows) != self.num_layers * (2 if self.bidirectional else 1):
+            return None
         layers: list[Weights] = []
-        for names in self._all_weights:  # torch.nn's list of names: an entry for each layer and direction
+        position, flat = 0, self._flat_weights
+        for names in rows:
+            if len(names) != expected:
+                return None
             weights = read_weights(self, names)
             for weight in weights:
                 if weight is None:
                     name = names[[given is None for given in weights].index(True)]
                     raise TypeError(f"fastrnn.{type(self).__name__}: {name} must be a Tensor, got None")
+                if weight is not flat[position] and self._flat_weights_count(position, weight):
+                    return None
+                position += 1
             if not self.bias:
                 weights[2:2] = (None, None)
             if len(weights) < slots:
@@ -99,6 +113,24 @@ class _Stack(HasStock, nn.RNNBase):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + sequences.noise_repr(self)
+
+    def _flat_weights_count(self, position: int, weight: Tensor) -> bool:
+        """Whether torch.nn would take its list `_flat_weights` and not the weight of this name: the weight is the one
+        that the list was made from, so that it is the list that a program has changed."""
+        refs = self._flat_weight_refs
+        return position < len(refs) and refs[position] is not None and refs[position]() is weight
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """torch.nn keeps weak references to its weights, which may not be there when load_state_dict swaps them."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._flat_weight_refs = []
+            super()._load_from_state_dict(*arguments)
+            self._init_flat_weights()
+        else:
+            super()._load_from_state_dict(*arguments)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
     def forward(
         self,
@@ -142,7 +174,7 @@ class _Stack(HasStock, nn.RNNBase):
             x, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
         layers = self._layer_weights()
         states = () if hx is None else self._split_states(hx)
-        if states is None:
+        if layers is None or states is None:
             return self._torch_forward(input, hx)
         tensors: Weights = [x, *states]
         for weights in layers:
@@ -249,24 +281,20 @@ class _Stack(HasStock, nn.RNNBase):
         return super().forward(input, hx)
 
     def _check_weights(self) -> None:
-        units = self.hidden_size
-        rows = self._gates * units
-        directions = 2 if self.bidirectional else 1
-        width = self.proj_size or units
-        for index, names in enumerate(self._all_weights):
-            features = self.input_size if index < directions else directions * width
-            shapes = {
-                "weight_ih": (rows, features),
-                "weight_hh": (rows, width),
-                "bias_ih": (rows,),
-                "bias_hh": (rows,),
-                "weight_hr": (self.proj_size, units),
-            }
-            for name, weight in zip(names, read_weights(self, names), strict=True):
-                shape = shapes[name.partition("_l")[0]]
-                if isinstance(weight, Tensor) and weight.shape != shape:
-                    got = list(weight.shape)
-                    raise RuntimeError(f"fastrnn.{type(self).__name__}: {name} must be {list(shape)}, got {got}")
+        """Checks the weights that torch.nn is about to read, as many as its attributes say."""
+        self._update_flat_weights()
+        units, width = self.hidden_size, self.proj_size or self.hidden_size
+        rows, directions = self._gates * units, 2 if self.bidirectional else 1
+        shapes: list[tuple[int, ...]] = []
+        for layer in range(self.num_layers):
+            features = self.input_size if layer == 0 else directions * width
+            biases = [(rows,), (rows,)] if self.bias else []
+            projection = [(self.proj_size, units)] if self.proj_size else []
+            shapes += [(rows, features), (rows, width), *biases, *projection] * directions
+        for name, weight, shape in zip(self._flat_weights_names, self._flat_weights, shapes, strict=False):
+            if isinstance(weight, Tensor) and weight.shape != shape:
+                got = list(weight.shape)
+                raise RuntimeError(f"fastrnn.{type(self).__name__}: {name} must be {list(shape)}, got {got}")
 
     def _check_packed_states(self, input: PackedSequence, hx: Tensor | States) -> None:
         states = self._split_states(hx)
@@ -443,6 +471,8 @@ class RNN(_Stack, nn.RNN):  # type: ignore[misc]
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+        if self.mode not in ("RNN_TANH", "RNN_RELU"):
+            raise AssertionError(f"fastrnn.{type(self).__name__}: mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         arguments: Any = (x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")
         y, h_n = autograd.rnn_layer(*arguments)
         return y, (h_n,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import checks, extension, onnx_export, reference
-from .batching import batched, only_vmap_active
+from .batching import Dims, batched, forward_mode_active, only_vmap_active
 from .extras import Extras, reference_layer
+from .gradients import LayerGradients, reference_gradients
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -33,10 +34,15 @@ def transforms_active() -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether a call made now must take the reference: under every transform but vmap, which batching.py handles.
+    """Whether a call made now must take the reference: under forward-mode AD, and where a compiler meets a transform.
 
-    The registered derivative of an operator would give forward-mode AD a tangent of zero and no error.
+    vmap, grad and vjp stay on the kernels (transforms.py); an operator has no forward-mode derivative.
     """
+    return transforms_active() and (is_compiling() or forward_mode_active())
+
+
+def extended_needs_reference() -> bool:
+    """The same for a call with lengths, resets or masks, whose derivatives have no rules for torch.func."""
     return transforms_active() and (is_compiling() or not only_vmap_active())
 
 
@@ -52,6 +58,10 @@ class Operator:
     buffers: int  # outputs after them, for the derivative alone: gates, and cells for an LSTM
     after_batch_sizes: int  # extras that follow batch_sizes in the schema
     options: int  # bools between the extras and save
+    # Which of the gradients of gates that the backward sweep leaves are those of the rows of w_ih and of w_hh, in their
+    # order; None: all, as they are (csrc/cells/*.h: kInput, kRecurrent, input_gate, recurrent_gate).
+    input_gates: list[int] | None
+    recurrent_gates: list[int] | None
     reference: Callable[..., tuple[Tensor, ...]]
 
     def extras(self, batch_sizes: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,6 +76,20 @@ class Operator:
         return reference_layer(self.gates, tensors, batch_sizes, named, *options)
 
     @property
+    def given(self) -> int:
+        """How many tensors the schema has in front of the options: the differentiable ones and the extras."""
+        return self.tensors + 2 + self.after_batch_sizes
+
+    @staticmethod
+    def has_extras(extras: Sequence[Tensor | None]) -> bool:
+        """Whether a call has other extras than batch_sizes."""
+        return any(extra is not None for position, extra in enumerate(extras) if position != 1)
+
+    def options_of(self, arguments: Sequence[Any]) -> tuple[bool, ...]:
+        """The options among the arguments of the operator, in the order of the schema."""
+        return tuple(arguments[len(arguments) - 1 - self.options : -1])
+
+    @property
     def overload(self) -> Callable[..., tuple[Tensor, ...]]:
         """The operator as torch's dispatcher sees it."""
         return getattr(torch.ops.fastrnn, self.name).default
@@ -74,24 +98,36 @@ class Operator:
     def backward_name(self) -> str:
         return f"{self.name}_backward"
 
+    @property
+    def backward_overload(self) -> Callable[..., tuple[Tensor, ...]]:
+        return getattr(torch.ops.fastrnn, self.backward_name).default
+
+    @property
+    def row_gradients_overload(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The backward without the sums over rows, see csrc/ops.cpp."""
+        return getattr(torch.ops.fastrnn, f"{self.name}_row_gradients").default
+
 
 # fmt: off
 LSTM = Operator("lstm_layer", gates=4, tensors=13, results=3, buffers=2, after_batch_sizes=6, options=0,
-                reference=reference.lstm_layer)
+                input_gates=None, recurrent_gates=None, reference=reference.lstm_layer)
 GRU = Operator("gru_layer", gates=3, tensors=10, results=2, buffers=1, after_batch_sizes=4, options=0,
-               reference=reference.gru_layer)
+               input_gates=[1, 2, 0], recurrent_gates=[1, 2, 3], reference=reference.gru_layer)
 RNN = Operator("rnn_layer", gates=1, tensors=10, results=2, buffers=0, after_batch_sizes=4, options=1,
-               reference=reference.rnn_layer)
+               input_gates=None, recurrent_gates=None, reference=reference.rnn_layer)
 # fmt: on
 
 
-def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of an operator's tensors, given those of y and the final states; both doors end here.
+def backward(
+    operator: Operator, ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's tensors, given those of y and the final states; every door ends here.
 
     ctx.saved_tensors holds the tensors, batch_sizes (all extras if ctx.extended), y and the buffers; ctx.options the
     operator's options; ctx.saved whether the forward filled the buffers; ctx.direct whether it went past the
     dispatcher. If ctx.extended, the gradients may have that of c at every step behind them, and the result goes on with
     the gradients of the extras.
+    transformed: recorded by torch.func, which differentiates every gradient as if it were needed again.
     """
     if ctx.extended:
         return _extended_backward(operator, ctx, gradients)
@@ -108,7 +144,15 @@ def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -
                 direct = False
     if undefined:
         return (None,) * count
-    if torch.is_grad_enabled() or transforms_active():  # create_graph, vmap of the backward, forward over reverse
+    if operator.results == 3 and gradients[0] is None and gradients[1] is None:
+        wanted = _without_projection(tensors, batch_sizes, wanted)
+    functorch, reference = _functorch_active(), needs_reference()
+    if functorch and reference:  # forward over reverse, by torch.func
+        given = (*gradients, *tensors)
+        pulled = iter(reference_gradients(operator, wanted, batch_sizes, ctx.options, given))
+        return tuple([next(pulled) if want else None for want in wanted])
+    transformed = (transformed or functorch) and not reference
+    if not transformed and (reference or torch.is_grad_enabled()):  # create_graph; forward over reverse
 
         def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
             return operator.reference(*entries, batch_sizes, *ctx.options)
@@ -116,16 +160,19 @@ def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -
         return _differentiable_backward(again, tensors, gradients, wanted)
 
     extras = operator.extras(batch_sizes)
-    if not ctx.saved:  # called through torch.ops with save=False although a gradient was needed: run it once more
-        buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+    if not ctx.saved:  # called with save=False although a gradient was needed: run it once more
+        with torch.no_grad():
+            buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+    if transformed:
+        found = LayerGradients.apply(
+            operator, None, tuple(wanted), batch_sizes, tuple(ctx.options), *gradients, *tensors, y, *buffers
+        )
+        return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
     needs = 0
     for position, want in enumerate(wanted):
         if want:
             needs |= 1 << position
-    if direct:
-        run = getattr(extension.module, operator.backward_name)
-    else:
-        run = getattr(torch.ops.fastrnn, operator.backward_name).default
+    run = getattr(extension.module, operator.backward_name) if direct else operator.backward_overload
     d_cells = (None,) * (operator.results - 2)
     found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs, *d_cells)
     return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=False)])
@@ -180,7 +227,7 @@ def _differentiable_backward(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        entries = [t.view_as(t) if want and t is not None else t for t, want in zip(tensors, wanted, strict=True)]
+        entries = [_alias(t) if want and t is not None else t for t, want in zip(tensors, wanted, strict=True)]
         outputs = again(*entries)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=False) if g is not None and o.requires_grad]
         sought = [entry for entry, want in zip(entries, wanted, strict=True) if want and entry is not None]
@@ -198,22 +245,122 @@ def _differentiable_backward(
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _register_derivative(operator: Operator) -> None:
-    results = operator.results
-    given = operator.tensors + 2 + operator.after_batch_sizes
-    undifferentiated = (None,) * (operator.options + 1)
+def _without_projection(tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, wanted: Any) -> Sequence[bool]:
+    """What is wanted of an LSTM of which only c_n is used: after a single step the projection has no part in it, and
+    its gradient is none, as in torch, rather than zero."""
+    if tensors[7] is None or (tensors[0] if batch_sizes is None else batch_sizes).shape[0] > 1:
+        return wanted
+    return tuple([want and position not in (7, 12) for position, want in enumerate(wanted)])
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:given], output[0], *output[results:])
-        ctx.mark_non_differentiable(*output[results : results + 1])  # gates; cells, c at every step, have a gradient
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def keep(operator: Operator, ctx: Any, arguments: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keeps what backward() needs after a call of the operator itself, without extras but batch_sizes; arguments in the
+    order of its schema."""
+    buffers = output[operator.results :]
+    ctx.save_for_backward(*arguments[: operator.tensors], arguments[operator.tensors + 1], output[0], *buffers)
+    ctx.mark_non_differentiable(*buffers)
+    ctx.set_materialize_grads(False)
+    ctx.operator, ctx.options = operator, operator.options_of(arguments)
+    ctx.saved, ctx.direct, ctx.extended = arguments[-1], False, False
+
+
+def backward_of_all(
+    ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
+) -> tuple[Tensor | None, ...]:
+    """backward() for what keep() kept: a gradient, or None, for each argument in the schema."""
+    operator = ctx.operator
+    undifferentiated = (None,) * (2 + operator.after_batch_sizes + operator.options + 1)
+    return *backward(operator, ctx, gradients[: operator.results], transformed), *undifferentiated
+
+
+class _Recorded(torch.autograd.Function):
+    """apply(*arguments, operator, keys): an operator called through the dispatcher while a gradient is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *arguments, operator, keys = arguments
+        output = _below_autograd(operator, keys, arguments)
+        ctx.save_for_backward(*arguments[: operator.given], output[0], *output[operator.results :])
+        ctx.mark_non_differentiable(*output[operator.results :][:1])  # gates; cells, c at every step, have a gradient
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[given : given + operator.options]
-        ctx.saved, ctx.direct, ctx.extended = inputs[-1], False, True
+        ctx.operator, ctx.options, ctx.saved = operator, operator.options_of(arguments), arguments[-1]
+        return output
 
-    def backward_of_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(operator, ctx, (*gradients[:results], *gradients[results + 1 :])), *undifferentiated
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator = ctx.operator
+        saved, of_cells = ctx.saved_tensors, gradients[operator.results + 1 :]
+        extras = saved[operator.tensors : operator.given]
+        # The same for backward(), which is asked for what it has to do: extras cost it the transforms of torch.func.
+        call = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, options=ctx.options)
+        call.saved, call.direct = ctx.saved, False
+        call.extended = of_cells != (None,) * len(of_cells) or operator.has_extras(extras)
+        if call.extended:
+            found = backward(operator, call, (*gradients[: operator.results], *of_cells))
+        else:
+            call.saved_tensors = (*saved[: operator.tensors], extras[1], *saved[operator.given :])
+            found = (*backward(operator, call, gradients[: operator.results]), *(None,) * len(extras))
+        return *found, *(None,) * (operator.options + 1), None, None
 
-    torch.library.register_autograd(f"fastrnn::{operator.name}", backward_of_all, setup_context=setup_context)
+
+def _below_autograd(operator: Operator, keys: torch.DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)  # type: ignore[attr-defined]
+
+
+def _register_derivative(operator: Operator) -> None:
+    """The kernel of the dispatcher's Autograd key.
+
+    torch.library.register_autograd would do but for torch.func, where it refuses to be differentiated, and for
+    forward-mode AD, where its tangent would be zero, and no error. A direct call of the operator is there what a
+    composite of torch's own operators would be: the reference; what it does not have comes from the kernel. (Modules
+    and functional forms do not come here under a transform, but through transforms.py.)
+    """
+
+    def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if forward_ad._current_level >= 0 or (recorded and _functorch_active()):
+            with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+                buffers = _below_autograd(operator, keys, arguments)[operator.results :]
+            extras = arguments[operator.tensors : operator.given]
+            found = operator.extended_reference(arguments[: operator.tensors], extras, operator.options_of(arguments))
+            cells = found[operator.results :] if arguments[-1] else buffers[1:]
+            return *found[: operator.results], *buffers[:1], *cells
+        if recorded:
+            return _Recorded.apply(*arguments, operator, keys)
+        return _below_autograd(operator, keys, arguments)
+
+    _library.impl(operator.name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_no_derivative(name: str) -> None:
+    """The same for the two operators of a backward pass: their derivative is gradients.py's, and not to be had from a
+    direct call. Without this it would be zero in some cases, and no error."""
+    overload = getattr(torch.ops.fastrnn, name).default
+
+    def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if recorded or (forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))):
+            raise NotImplementedError(f"fastrnn.{name}: no derivative here; that of fastrnn.functional has one")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _register_vmap(operator: Operator) -> None:
+    def rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Dims]:
+        return batched(operator, operator.overload, info.batch_size, in_dims, arguments)
+
+    torch.library.register_vmap(f"fastrnn::{operator.name}", rule)
 
 
 def _padded(units: int) -> int:
@@ -255,12 +402,33 @@ def _register_fakes(operator: Operator) -> None:
             for position, tensor in enumerate(tensors)
         )
 
+    def row_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+        x, h0, weights = arguments[results], arguments[results + 1], arguments[2 * results : results + count]
+        directions = h0.shape[0]
+        units, rows = weights[1].shape[0] // operator.gates, math.prod(x.shape[:-1])
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        outputs = [
+            x.new_empty(tensor.shape if arguments[-1] >> position & 1 else (0,))
+            for position, tensor in enumerate(arguments[results : 2 * results])
+        ]
+        stored = operator.gates if operator.recurrent_gates is None else 1 + operator.gates
+        outputs.append(x.new_empty((directions, rows, stored * units), dtype=dtype))
+        if results == 3:
+            shape = (0,) if weights[4] is None else (directions, rows, h0.shape[2])
+            outputs.append(x.new_empty(shape, dtype=dtype))
+        return tuple(outputs)
+
     torch.library.register_fake(f"fastrnn::{operator.name}", forward)
+    torch.library.register_fake(f"fastrnn::{operator.name}_row_gradients", row_gradients)
     torch.library.register_fake(f"fastrnn::{operator.backward_name}", backward)
 
+
+_library = torch.library.Library("fastrnn", "FRAGMENT")  # what is registered lives as long as this object
 
 if extension.module is not None:
     for _operator in (LSTM, GRU, RNN):
         _register_derivative(_operator)
+        _register_no_derivative(_operator.backward_name)
+        _register_no_derivative(f"{_operator.name}_row_gradients")
         _register_fakes(_operator)
-        torch.library.register_vmap(f"fastrnn::{_operator.name}", partial(batched, _operator))
+        _register_vmap(_operator)

@@ -180,7 +180,11 @@ def _stack(
     noisy = module.zoneout or module.recurrent_dropout
     masks: tuple[Tensor | None, ...] = (None, None, None)
     finals, every_h, every_c = [], [], []
-    for index, weights in enumerate(module._layer_weights()):
+    layers = module._layer_weights()
+    if layers is None:
+        name = type(module).__name__
+        raise RuntimeError(f"fastrnn.{name}: num_layers, bias or bidirectional is not what the weights were made for")
+    for index, weights in enumerate(layers):
         if index and dropout:
             x = torch.dropout(x, dropout, True)
         weights += (None,) * (2 * slots - len(weights))

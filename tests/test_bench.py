@@ -264,6 +264,11 @@ def test_report_compares_fastrnn_with_itself(result):
     assert packed.startswith("packed inference, cost of a valid token over padded, 1 rows: 2.00x")
 
 
+def test_report_compares_vmap_with_one_batch(result):
+    result["rows"].append(_row("two", 1.5e-3, 8e-3, **{"pass": "vmap"}))
+    assert "torch.vmap over one batch, 1 rows: 1.50x, most 1.50x" in report.gains(result["rows"])
+
+
 def test_report_table_marks_lost_and_wrong_rows(result):
     lines = [report.table_line(row) for row in result["rows"]]
     assert "0.50x!" in lines[0]

@@ -327,7 +327,7 @@ def strange_tensors(draw: st.DrawFn) -> Tensor | None:
 def test_any_argument_may_be_anything(data: st.DataObject) -> None:
     """One to three arguments are replaced by arbitrary tensors: a right result or an error, from either door."""
     good = layer(data.draw(st.sampled_from(CELLS)), packed=data.draw(st.booleans()))
-    forward_or_backward = data.draw(st.sampled_from(["", "_backward"]))
+    forward_or_backward = data.draw(st.sampled_from(["", "_backward", "_row_gradients"]))
     operator = good.operator + forward_or_backward
     values = backward_values(good) | {"save": data.draw(st.booleans())}
     names = [argument.name for argument in schema(operator).arguments if "Tensor" in str(argument.type)]

@@ -111,6 +111,7 @@ def test_ordinary_calls_take_the_kernel(compiled: object) -> None:
     assert autograd.route((torch.randn(1, 1, 1), torch.nn.Parameter(torch.randn(1)), None)) == "kernel"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own forward mode
 def test_each_reason_for_another_rung_is_named(compiled: object) -> None:
     plain = torch.randn(2, 2, 2)
     for tensors, reason in (
@@ -130,7 +131,8 @@ def test_each_reason_for_another_rung_is_named(compiled: object) -> None:
     rungs = []
     torch.func.vmap(lambda t: rungs.append(autograd.route((t,))) or t)(plain)
     torch.func.grad(lambda t: rungs.append(autograd.route((t,))) or t.sum())(plain)
-    assert rungs == ["kernel", "reference"]
+    torch.func.jvp(lambda t: rungs.append(autograd.route((t,))) or t, (plain,), (plain,))
+    assert rungs == ["kernel", "kernel", "reference"]
     assert autograd.route((plain,)) == "kernel"
 
 

@@ -52,6 +52,7 @@ SCHEMAS = {
     "gru_layer_backward": f"(Tensor? d_y, Tensor? d_h_n, {GRU}, Tensor y, Tensor gates, int needs)",
     "rnn_layer_backward": f"(Tensor? d_y, Tensor? d_h_n, {GRU}, Tensor y, bool relu, int needs)",
 }
+SCHEMAS |= {name.replace("backward", "row_gradients"): SCHEMAS[name] for name in SCHEMAS if "backward" in name}
 
 
 def tensors(values: dict) -> dict[str, torch.Tensor]:
@@ -68,13 +69,16 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def test_schemas_are_these_six() -> None:
+def test_schemas_are_these_nine() -> None:
     found = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrnn::")}
     assert found == {f"fastrnn::{name}" for name in SCHEMAS}
     for name, arguments in SCHEMAS.items():
         assert str(schema(name)).startswith(f"fastrnn::{name}{arguments} -> ("), name
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.fastrnn, name).default.tags
-        if name in RESULTS:
+        if name.endswith("row_gradients"):
+            returned = ["d_x", "d_h0", "d_c0", "d_gates", "d_h"] if "lstm" in name else ["d_x", "d_h0", "d_gates"]
+            assert [result.name for result in schema(name).returns] == returned
+        elif name in RESULTS:
             assert tuple(result.name for result in schema(name).returns) == RESULTS[name]
         else:
             differentiable = [a.name for a in schema(name.removesuffix("_backward")).arguments]

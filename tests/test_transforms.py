@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from calls import backward_values, call
 from doors import Door, as_function, assert_close, eager, monitored, registered
 from samples import CELLS, cotangents, sample, stock
 from torch import Tensor
+from twins import NAMES, an_input, both, first
 
 pytestmark = [
     pytest.mark.usefixtures("compiled"),
@@ -85,7 +90,7 @@ def test_vmap_keeps_the_kernel_and_its_bits(cell: str, batched: str, lengths: tu
     calls = []
     with monitored(calls):
         together = torch.func.vmap(function, tuple(in_dims))(*inputs)
-    folded = lengths is None and batched in ("x", "state", "x-and-state")
+    folded = batched in ("x", "state", "x-and-state")
     assert calls == [layers[0].operator] * (1 if folded else 3)
     alone = [
         function(*(t if dim is None else t.select(dim, v) for t, dim in zip(inputs, in_dims, strict=True)))
@@ -137,11 +142,115 @@ def test_make_fx_records_the_operator_and_not_its_result() -> None:
             assert_close(a, b, mode)
 
 
-def test_operator_called_directly_refuses_dual_numbers(compiled: object) -> None:
-    """Its tangent would be zero, without a word."""
-    x, h0 = torch.randn(3, 2, 4), torch.zeros(1, 2, 9)
-    weights = [torch.randn(27, 4), torch.randn(27, 9)]
+# ---- operators called directly -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_operator_called_directly_works_under_every_transform(cell: str, save: bool) -> None:
+    """With a derivative registered through torch.library the tangents would be zero, without a word."""
+    layer = sample(cell, T=3, B=2, I=2, H=3, D=2, P=2 if cell == "lstm" else 0)
+    ours, inputs = as_function(layer, lambda each: registered(each, save))
+    theirs, _ = as_function(layer, stock)
+    tangents = tuple(cotangents(inputs))
+    truth = torch.func.jvp(theirs, tuple(inputs), tangents)[1]
+
+    def all_close(found: Sequence[Tensor], expected: Sequence[Tensor], name: str) -> None:
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, name)
+
+    all_close(torch.func.jvp(ours, tuple(inputs), tangents)[1], truth, "jvp")
+    all_close(torch.func.vmap(lambda *t: torch.func.jvp(ours, tuple(inputs), t)[1])(*(t[None] for t in tangents)),
+              [t[None] for t in truth], "vmap(jvp)")  # fmt: skip
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises(NotImplementedError, match=r"fastrnn.gru_layer: no forward-mode derivative here"):
-            torch.ops.fastrnn.gru_layer(dual, h0, *weights, *[None] * 12, False)
+        duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)]
+        all_close([torch.autograd.forward_ad.unpack_dual(out).tangent for out in ours(*duals)], truth, "forward_ad")
+
+    def loss(run: Door, x: Tensor) -> Tensor:
+        return sum(out.square().sum() for out in run(x, *inputs[1:]))
+
+    x = inputs[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(theirs, x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    gradient = torch.func.grad(lambda x: loss(ours, x))
+    assert_close(gradient(inputs[0]), first.detach(), "grad")
+    assert_close(torch.func.vmap(gradient)(inputs[0][None]), first.detach()[None], "vmap(grad)")
+    assert_close(torch.func.grad(lambda x: gradient(x).square().sum())(inputs[0]), second, "grad(grad)")
+    assert_close(torch.func.jacrev(lambda x: loss(ours, x))(inputs[0]), first.detach(), "jacrev")
+    assert_close(torch.func.hessian(lambda x: loss(ours, x))(inputs[0]),
+                 torch.autograd.functional.hessian(lambda x: loss(theirs, x), inputs[0]), "hessian")  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["_backward", "_row_gradients"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_of_the_backward_pass_refuse_to_be_differentiated(cell: str, suffix: str) -> None:
+    layer = sample(cell)
+    values = backward_values(layer, needs=1)
+    operator = f"{layer.operator}{suffix}"
+    message = f"fastrnn.{operator}: no derivative here"
+
+    def run(d_y: Tensor) -> Tensor:
+        return call("dispatcher", operator, values | {"d_y": d_y})[0].sum()
+
+    assert run(values["d_y"]) != 0
+    with pytest.raises(NotImplementedError, match=message):
+        run(values["d_y"].requires_grad_())
+    d_y = values["d_y"].detach()
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(run, (d_y,), (d_y,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.grad(run)(d_y)
+    with torch.autograd.forward_ad.dual_level():
+        assert run(d_y) != 0
+        with pytest.raises(NotImplementedError, match=message):
+            run(torch.autograd.forward_ad.make_dual(d_y, d_y))
+
+
+# ---- float32, where torch.nn's LSTM has no forward mode ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_modules_have_every_derivative(name: str) -> None:
+    ours, theirs = both(name, 2, 3)
+    theirs.double()
+    x = an_input(name, 2)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+
+    def close(a: Any, b: Any, what: str) -> None:
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5, msg=lambda message: f"{what}: {message}")
+
+    def run(module: torch.nn.Module, x: Tensor) -> Tensor:
+        return first(module(x))
+
+    def loss(module: torch.nn.Module, x: Tensor) -> Tensor:
+        return run(module, x).square().sum()
+
+    exact = x.double().requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(lambda x: run(theirs, x), exact)
+    hessian = torch.autograd.functional.hessian(lambda x: loss(theirs, x), exact)
+    close(torch.func.jacrev(lambda x: run(ours, x))(x), jacobian, "jacrev")
+    close(torch.func.jacfwd(lambda x: run(ours, x))(x), jacobian, "jacfwd")
+    expected = (jacobian * direction.double()).flatten(jacobian.dim() - x.dim()).sum(-1)
+    close(torch.func.jvp(lambda x: run(ours, x), (x,), (direction,))[1], expected, "jvp")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        close(torch.autograd.forward_ad.unpack_dual(run(ours, dual)).tangent, expected, "forward_ad")
+    close(torch.func.hessian(lambda x: loss(ours, x))(x), hessian, "hessian")
+    close(torch.func.jacrev(torch.func.jacrev(lambda x: loss(ours, x)))(x), hessian, "jacrev(jacrev)")
+    close(torch.autograd.functional.hessian(lambda x: loss(ours, x), x), hessian, "autograd.functional.hessian")
+    _, pull = torch.func.vjp(torch.func.grad(lambda x: loss(ours, x)), x)
+    product = (hessian * direction.double()).flatten(x.dim()).sum(-1)
+    close(pull(direction)[0], product, "vjp(grad)")
+    close(torch.func.jvp(torch.func.grad(lambda x: loss(ours, x)), (x,), (direction,))[1], product, "jvp(grad)")
+    _, pull = torch.func.vjp(lambda x: run(ours, x), x)
+    cotangent = run(ours, x).detach()
+    tangent = torch.func.jvp(lambda c: pull(c)[0], (cotangent,), (cotangent,))[1]
+    close(tangent, pull(cotangent)[0].double(), "jvp of a pull-back")
+
+
+def test_torch_nn_has_no_forward_mode_for_its_float32_lstm() -> None:
+    """The reason for the test above; when it fails, docs/compatibility.md is out of date."""
+    x = torch.randn(3, 2, 2)
+    module = torch.nn.LSTM(2, 3).requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="does not support it because it has not been implemented"):
+        torch.func.jvp(lambda x: module(x)[0], (x,), (x,))

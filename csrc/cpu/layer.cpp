@@ -223,6 +223,45 @@ Tensor empty_y(const Sizes& s, at::ScalarType type) {
   return s.batch_sizes == nullptr ? empty({s.T, s.B, s.D * s.R}, type) : empty({s.N, s.D * s.R}, type);
 }
 
+// A gradient in the type of the kernels: [0] in the given type when it is not wanted, zeros when the batch is empty.
+Tensor gradient(const Tensor* of, bool wanted, const Operands& operands, bool run) {
+  if (of == nullptr || !wanted) return nothing(operands.given());
+  Tensor made = empty(of->sizes(), operands.type());
+  if (!run && made.numel() > 0) std::memset(made.mutable_data_ptr(), 0, made.nbytes());
+  return made;
+}
+
+// Where the kernels write a gradient, null when it is not wanted.
+void* place(const Tensor& gradient, const Tensor* of, bool wanted) {
+  return of != nullptr && wanted ? gradient.mutable_data_ptr() : nullptr;
+}
+
+// Fills in what the backward pass reads, and runs it; `layer` says which gradients of x and of weights are wanted.
+void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Operands& operands, void* d_h0, void* d_c0) {
+  const Cell cell = b.layer.cell;
+  layer.forward = operands.layer(b.layer, s);
+  layer.forward.y = const_cast<void*>(operands.dense(b.y));  // read only in this pass, as gates and cells
+  void* const gates = const_cast<void*>(operands.dense(b.gates));
+  void* const cells = const_cast<void*>(operands.dense(b.cells));
+  layer.d_y = operands.dense(b.d_y);
+  const void* const d_cells = operands.dense(b.d_cells);
+  const void* const d_h_n = operands.dense(b.d_h_n);
+  const void* const d_c_n = operands.dense(b.d_c_n);
+  const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
+  for (int64_t d = 0; d < s.D; ++d) {
+    layer.forward.direction[d].gates = slice(gates, d, s.N * saved_per_unit(cell) * padded(s.H) * operands.bytes());
+    layer.forward.direction[d].cells = slice(cells, d, s.N * s.H * operands.bytes());
+    DirectionBackward& direction = layer.direction[d];
+    direction.d_h_n = slice(d_h_n, d, h_bytes);
+    direction.d_c_n = slice(d_c_n, d, c_bytes);
+    direction.d_cells = slice(d_cells, d, s.N * s.H * operands.bytes());
+    direction.d_h0 = slice(d_h0, d, h_bytes);
+    direction.d_c0 = slice(d_c0, d, c_bytes);
+  }
+  const Plan plan = plan_backward(layer, at::get_num_threads());
+  with_scratch(plan.scratch_bytes, [&](void* scratch) { run_backward(layer, plan, scratch); });
+}
+
 }  // namespace
 
 LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save) {
@@ -275,72 +314,79 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save) {
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
   Operands operands(a.x->scalar_type());
-  const bool run = s.B > 0 && (s.lengths == nullptr ||
-                               std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
+  const bool runs = s.B > 0 && (s.lengths == nullptr ||
+                                std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
 
   Gradients gradients;
   int position = 0;
   // The next gradient of the schema, that of `tensor`: its array, or null when it is not wanted.
-  const auto next = [&](const Tensor* tensor, bool zero) -> void* {
-    const bool wanted = tensor != nullptr && (b.needs >> position & 1) != 0;
-    Tensor& gradient = gradients[position++];
-    gradient = wanted ? empty(tensor->sizes(), operands.type()) : nothing(operands.given());
-    if (!wanted) return nullptr;
-    void* const data = gradient.mutable_data_ptr();
-    if (zero && data != nullptr) std::memset(data, 0, gradient.nbytes());
-    return data;
+  const auto next = [&](const Tensor* tensor, bool filled) {
+    const bool wanted = (b.needs >> position & 1) != 0;
+    gradients[position] = gradient(tensor, wanted, operands, filled);
+    return place(gradients[position++], tensor, wanted);
   };
   const bool lstm = a.cell == Cell::lstm;
-  layer.d_x = next(a.x, !run);
-  void* const d_h0 = next(a.h0, !run);
-  void* const d_c0 = lstm ? next(a.c0, !run) : nullptr;
+  layer.d_x = next(a.x, runs);
+  void* const d_h0 = next(a.h0, runs);
+  void* const d_c0 = lstm ? next(a.c0, runs) : nullptr;
   for (int64_t d = 0; d < 2; ++d) {
     const Weights& w = a.weights[d];
     DirectionBackward& direction = layer.direction[d];
-    direction.d_w_ih = next(w.w_ih, !run);
-    direction.d_w_hh = next(w.w_hh, !run);
-    direction.d_b_ih = next(w.b_ih, !run);
-    direction.d_b_hh = next(w.b_hh, !run);
-    direction.d_w_hr = lstm ? next(w.w_hr, !run) : nullptr;
+    direction.d_w_ih = next(w.w_ih, runs);
+    direction.d_w_hh = next(w.w_hh, runs);
+    direction.d_b_ih = next(w.b_ih, runs);
+    direction.d_b_hh = next(w.b_hh, runs);
+    direction.d_w_hr = lstm ? next(w.w_hr, runs) : nullptr;
   }
-  void* const d_reset_h = next(a.reset_h, true);
-  void* const d_reset_c = lstm ? next(a.reset_c, true) : nullptr;
-
-  const void* const d_h_n = operands.dense(b.d_h_n);
-  const void* const d_c_n = operands.dense(b.d_c_n);
+  void* const d_reset_h = next(a.reset_h, false);  // added to
+  void* const d_reset_c = lstm ? next(a.reset_c, false) : nullptr;
   const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
+  for (int64_t d = 0; d < s.D; ++d) {
+    layer.direction[d].d_reset_h = slice(d_reset_h, d, h_bytes);
+    layer.direction[d].d_reset_c = slice(d_reset_c, d, c_bytes);
+  }
   if (s.lengths != nullptr) {
-    pass_on_state(d_h0, d_h_n, s, s.R * operands.bytes());
-    pass_on_state(d_c0, d_c_n, s, s.H * operands.bytes());
+    pass_on_state(d_h0, operands.dense(b.d_h_n), s, s.R * operands.bytes());
+    pass_on_state(d_c0, operands.dense(b.d_c_n), s, s.H * operands.bytes());
     clear_padding(layer.d_x, s, 1, s.I * operands.bytes());
   }
-  if (run) {
-    layer.forward = operands.layer(a, s);
-    layer.forward.y = const_cast<void*>(operands.dense(b.y));  // read only in this pass, as gates and cells
-    void* const gates = const_cast<void*>(operands.dense(b.gates));
-    void* const cells = const_cast<void*>(operands.dense(b.cells));
-    layer.d_y = operands.dense(b.d_y);
-    const void* const d_cells = operands.dense(b.d_cells);
-    for (int64_t d = 0; d < s.D; ++d) {
-      layer.forward.direction[d].gates = slice(gates, d, s.N * saved_per_unit(a.cell) * padded(s.H) * operands.bytes());
-      layer.forward.direction[d].cells = slice(cells, d, s.N * s.H * operands.bytes());
-      DirectionBackward& direction = layer.direction[d];
-      direction.d_h_n = slice(d_h_n, d, h_bytes);
-      direction.d_c_n = slice(d_c_n, d, c_bytes);
-      direction.d_cells = slice(d_cells, d, s.N * s.H * operands.bytes());
-      direction.d_h0 = slice(d_h0, d, h_bytes);
-      direction.d_c0 = slice(d_c0, d, c_bytes);
-      direction.d_reset_h = slice(d_reset_h, d, h_bytes);
-      direction.d_reset_c = slice(d_reset_c, d, c_bytes);
-    }
-    const Plan plan = plan_backward(layer, at::get_num_threads());
-    with_scratch(plan.scratch_bytes, [&](void* scratch) { run_backward(layer, plan, scratch); });
-  }
+  if (runs) run(layer, b, s, operands, d_h0, d_c0);
   if (operands.given() != operands.type()) {
     for (int k = 0; k < gradient_count(a.cell); ++k) gradients[k] = gradients[k].to(operands.given());
   }
   return gradients;
+}
+
+RowGradients layer_row_gradients(const BackwardArguments& b, const Sizes& s) {
+  const LayerArguments& a = b.layer;
+  Operands operands(a.x->scalar_type());
+  const int64_t stored = stored_per_unit(a.cell) * s.H;
+  const bool lstm = a.cell == Cell::lstm;
+  const auto wanted = [&](int position) { return (b.needs >> position & 1) != 0; };
+
+  RowGradients rows;
+  rows.d_x = gradient(a.x, wanted(0), operands, s.B > 0);
+  rows.d_h0 = gradient(a.h0, wanted(1), operands, s.B > 0);
+  if (lstm) rows.d_c0 = gradient(a.c0, wanted(2), operands, s.B > 0);
+  rows.d_gates = empty({s.D, s.N, stored}, operands.type());
+  if (lstm) rows.d_h = s.P ? empty({s.D, s.N, s.P}, operands.type()) : nothing(operands.type());
+  if (s.B > 0) {
+    LayerBackward layer{};
+    layer.d_x = place(rows.d_x, a.x, wanted(0));
+    for (int64_t d = 0; d < s.D; ++d) {
+      DirectionBackward& direction = layer.direction[d];
+      direction.d_gates = slice(rows.d_gates.mutable_data_ptr(), d, s.N * stored * operands.bytes());
+      if (s.P) direction.d_h = slice(rows.d_h.mutable_data_ptr(), d, s.N * s.P * operands.bytes());
+    }
+    run(layer, b, s, operands, place(rows.d_h0, a.h0, wanted(1)), lstm ? place(rows.d_c0, a.c0, wanted(2)) : nullptr);
+  }
+  if (operands.given() != operands.type()) {
+    rows.d_x = rows.d_x.to(operands.given());
+    rows.d_h0 = rows.d_h0.to(operands.given());
+    if (lstm) rows.d_c0 = rows.d_c0.to(operands.given());
+  }
+  return rows;
 }
 
 }  // namespace cpu

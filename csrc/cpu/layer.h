@@ -78,6 +78,9 @@ struct DirectionBackward {
   void* d_w_hr;         // [P, H]
   void* d_reset_h;      // [B, R], added to
   void* d_reset_c;      // [B, H], added to
+  // What the large products are made of. Null: kept in the scratch. Given: the gradients of weights must be null.
+  void* d_gates;  // [N, stored*H]: LSTM i f g o; GRU n of the input, r, z, n of the recurrence; RNN its sum
+  void* d_h;      // [N, P], dL/dh at every step, with a projection
 };
 
 struct LayerBackward {

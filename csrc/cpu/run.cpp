@@ -276,7 +276,8 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   gradient.first_row = first_rows(forward, scratch);
   gradient.places = places(forward, scratch);
   for (int d = 0; d < forward.D; ++d) {
-    const bool project_gradient = layer.direction[d].d_w_hr != nullptr;
+    const DirectionBackward& direction = layer.direction[d];
+    const bool project_gradient = direction.d_w_hr != nullptr;
     BackwardTask shared{};
     shared.layer = &layer;
     shared.direction = d;
@@ -284,8 +285,8 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     shared.first_row = gradient.first_row;
     shared.w_hh = scratch.take(Rp * G * forward.H);
     shared.w_hr = scratch.take(forward.P ? Hp * forward.P : 0);
-    shared.d_gates = scratch.take(forward.N * stored * forward.H + kOverread);
-    shared.d_h = scratch.take(forward.P ? forward.N * forward.P + kOverread : 0);
+    shared.d_gates = direction.d_gates ? direction.d_gates : scratch.take(forward.N * stored * forward.H + kOverread);
+    shared.d_h = direction.d_h ? direction.d_h : scratch.take(forward.P ? forward.N * forward.P + kOverread : 0);
     void* cell_h = scratch.take(project_gradient ? forward.N * forward.H : 0);
     shared.cell_h = project_gradient ? cell_h : nullptr;
     gradient.d_gates[d] = shared.d_gates;
