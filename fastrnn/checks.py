@@ -72,8 +72,8 @@ class _Checker:
         self.weights = [dict(zip(_WEIGHTS, row, strict=False)) for row in (weights[:half], weights[half:])]
 
     def layer(self) -> None:
-        x, gates = self.inputs["x"], self.operator.gates
-        self.on_cpu("x", x)
+        self.x = x = self.on_cpu("x", self.inputs["x"])
+        gates = self.operator.gates
         self.dtype = x.dtype
         if x.dtype not in _DTYPES:
             self.fail(f"x must be float32, float64, bfloat16 or float16, got {_dtype(x)}")
@@ -87,8 +87,7 @@ class _Checker:
         self.require(self.I >= 1, "x must have at least one feature, got ", x)
 
         forward, reverse = self.weights
-        w_hh, w_hr = forward["w_hh"], forward.get("w_hr")
-        self.operand("w_hh", w_hh)
+        w_hh, w_hr = self.operand("w_hh", forward["w_hh"]), forward.get("w_hr")
         rule = f"w_hh must be {self.spell('[G*H, R]')} with H >= 1, got "
         self.require(w_hh.dim() == 2 and w_hh.shape[0] >= 1 and w_hh.shape[0] % gates == 0, rule, w_hh)
         self.H = self.R = w_hh.shape[0] // gates
@@ -109,13 +108,12 @@ class _Checker:
     def packed(self, x: Tensor) -> None:
         """batch_sizes has no numbers here: B is taken from h0. Its dtype is left to the kernels as well, since torch's
         own pack_padded_sequence says float32 when it is traced."""
-        sizes = self.batch_sizes
-        self.on_cpu("batch_sizes", sizes)
+        sizes = self.on_cpu("batch_sizes", self.batch_sizes)
         if sizes.dim() != 1:
             self.fail(f"batch_sizes must be [T], got {_sizes(sizes)}")
         self.require(sizes.shape[0] >= 1, "batch_sizes must have at least one time step, got ", sizes)
         h0 = self.inputs["h0"]
-        self.B = h0.shape[1] if h0.dim() == 3 else 0
+        self.B = h0.shape[1] if h0 is not None and h0.dim() == 3 else 0
 
     def check_weights(self, projected: bool) -> None:
         rows = self.operator.gates * self.H
@@ -142,7 +140,7 @@ class _Checker:
         count = self.operator.tensors + self.operator.results - 1  # and reset_h, reset_c
         if not 0 <= needs < 1 << count:
             self.fail(f"needs must be in [0, 2^{count}), got {needs}")
-        x, (y, *buffers) = self.inputs["x"], saved
+        x, (y, *buffers) = self.x, saved
         rule = "[T, B, D*R]" if self.batch_sizes is None else "[N, D*R]"
         like_y = (rule, (*x.shape[:-1], self.D * self.R))
         states = (("[D, B, R]", (self.D, self.B, self.R)), ("[D, B, H]", (self.D, self.B, self.H)))
@@ -157,25 +155,28 @@ class _Checker:
         for name, buffer, expected in zip(("gates", "cells"), buffers, shapes, strict=False):
             self.operand(name, buffer, *expected)
 
-    def operand(self, name: str, tensor: Tensor | None, rule: str = "", shape: tuple[int, ...] | None = None) -> None:
-        self.on_cpu(name, tensor)
+    def operand(self, name: str, given: Tensor | None, rule: str = "", shape: tuple[int, ...] | None = None) -> Tensor:
+        """The argument, which is a tensor of the right dtype and, if there is one, shape."""
+        tensor = self.on_cpu(name, given)
         if tensor.dtype is not self.dtype:
             wanted, got = str(self.dtype)[6:], _dtype(tensor)
             if name[0] in "wb":
                 self.fail(f"{name} must be {wanted} like x, got {got}", ValueError)
             self.fail(f"{name} must be {wanted}, got {got}")
         if shape is None:
-            return
+            return tensor
         message = f"{name} must be {self.spell(rule)} = [{', '.join(map(str, shape))}], got "
         self.require(tensor.dim() == len(shape), message, tensor)
         for size, expected in zip(tensor.shape, shape, strict=True):
             self.require(size == expected, message, tensor)
+        return tensor
 
-    def on_cpu(self, name: str, tensor: Tensor | None) -> None:
+    def on_cpu(self, name: str, tensor: Tensor | None) -> Tensor:
         if tensor is None:
             self.fail(f"{name} must be given")
         if tensor.device.type not in ("cpu", "meta"):  # meta: without data on any device
             self.fail(f"{name} must be on the CPU, got {tensor.device}")
+        return tensor
 
     def require(self, condition: Any, message: str, tensor: Tensor) -> None:
         """condition may be symbolic: torch then keeps it with the graph. The sizes of the tensor end the message."""

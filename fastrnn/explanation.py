@@ -34,7 +34,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     """
     fsdp = _fsdp_module()  # fully_shard puts classes of its own in front of the module's
     sharded = isinstance(module, fsdp)
-    written = next(base for base in written_class(module).__mro__ if not issubclass(base, fsdp))
+    written: type[Any] = next(base for base in written_class(module).__mro__ if not issubclass(base, fsdp))
     name = spoken_name(written)
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         raise TypeError(f"fastrnn.explain: module must be an LSTM, GRU or RNN, or a cell, got {name}")

@@ -81,7 +81,9 @@ def layer(
         outputs = operator.overload(*tensors, *arguments, *options, recorded or all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
     elif recorded:
-        found = _ExtendedLayer.apply(operator, *tensors, *arguments, *options)
+        found = _ExtendedLayer.apply(  # type: ignore[no-untyped-call]
+            operator, *tensors, *arguments, *options
+        )
     else:
         outputs = getattr(_C, operator.name)(*tensors, *arguments, *options, all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
@@ -142,7 +144,8 @@ def given(
             letters = f"[N, D*{letter}]" if packed else f"[T, B, D*{letter}]"
             shape = (*x.shape[:-1], D * state.shape[2])
             check_operand(function, name, tensor, letters, shape, x, mask=True)
-    return Extras(lengths, reset, *replacements, h_mask, *zoneouts, *(None,) * (2 - len(zoneouts)))
+    zoneout_h, zoneout_c = (*zoneouts, None)[:2]
+    return Extras(lengths, reset, replacements[0], replacements[1], h_mask, zoneout_h, zoneout_c)
 
 
 def _check_range(operator: Operator, tensors: Sequence[Tensor | None], lengths: Tensor | None) -> None:
@@ -194,8 +197,8 @@ def check_operand(
     kind = x.device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if tensor.device != x.device or (tensor.dtype is not x.dtype and not mixed):
-        got, expected = f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}"
-        raise ValueError(f"fastrnn.{function}: {name} must be {expected} like x, got {got}")
+        expected, found = (f"{t.dtype} on {t.device}" for t in (x, tensor))
+        raise ValueError(f"fastrnn.{function}: {name} must be {expected} like x, got {found}")
     if mask and tensor.requires_grad:
         raise ValueError(f"fastrnn.{function}: {name} must not require a gradient: there is none for masks")
 

@@ -73,19 +73,21 @@ def reference_layer(
         step, [D, T*B, H] or [D, N, H]. Zeros past the end of a sequence. Differentiable any number of times.
     """
     states = 2 if gates == 4 else 1
-    x, starts, weights = tensors[0], tensors[1 : 1 + states], tensors[1 + states :]
-    assert x is not None
+    x, *starts = [tensor for tensor in tensors[: 1 + states] if tensor is not None]  # all of them
+    weights = tensors[1 + states :]
     rows = None
     if batch_sizes is not None:
-        rows, lengths = _places(batch_sizes, x.device)
-        x, zoneout_h, zoneout_c = (None if t is None else t[rows] for t in (x, extras.zoneout_h, extras.zoneout_c))
-        extras = extras._replace(lengths=lengths, zoneout_h=zoneout_h, zoneout_c=zoneout_c)
-    lengths, zoneouts = extras.lengths, (extras.zoneout_h, extras.zoneout_c)[:states]
+        rows, steps = _places(batch_sizes, x.device)
+        x = x[rows]
+        zoneout_h, zoneout_c = (None if t is None else t[rows] for t in (extras.zoneout_h, extras.zoneout_c))
+        extras = extras._replace(lengths=steps, zoneout_h=zoneout_h, zoneout_c=zoneout_c)
+    lengths, zoneouts = extras.lengths, [extras.zoneout_h, extras.zoneout_c][:states]
     if lengths is not None:
         lengths = lengths.to(x.device)
         exists = (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None]
         # Before anything is computed from it: what the padding holds, NaN perhaps, must not meet a gradient of zero.
-        x, *zoneouts = (None if t is None else torch.where(exists, t, t.new_zeros(())) for t in (x, *zoneouts))
+        x = torch.where(exists, x, x.new_zeros(()))
+        zoneouts = [None if t is None else torch.where(exists, t, t.new_zeros(())) for t in zoneouts]
 
     width = len(weights) // 2
     swept = []
@@ -169,7 +171,8 @@ def _sweep(
     """
     steps = x.shape[0]
     projected = step.project(x)
-    state, made_at = start, [()] * steps
+    state: State = start
+    made_at: list[State] = [()] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
         before = state
         if reset is not None and (not reverse or t + 1 < steps):

@@ -76,7 +76,7 @@ def lstm(
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
     if rung != "kernel":
         _check_more("lstm", x, states, ("h", "c"), directions, batch_sizes)
-    if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is zoneout_c is None):
+    if return_all_states or not (lengths is reset is h_mask is zoneout_h is zoneout_c is None and reset_state is None):
         zoneouts = (zoneout_h, zoneout_c)
         extras = extended.given("lstm", x, states, batch_sizes, lengths, reset, reset_state, h_mask, zoneouts)
         tensors = (x, *states, *directions[0], *directions[1])

@@ -190,6 +190,7 @@ class _Stack(HasStock, nn.RNNBase):
         rows = directions * self.num_layers
         shape = x.shape
         lead: tuple[int, ...]
+        batch: Any  # symbolic in an exported program
         if batch_sizes is not None:
             fits = len(shape) == 2
             batch = batch_sizes[0].item() if sorted_indices is None else sorted_indices.shape[0]
@@ -307,7 +308,7 @@ class _Stack(HasStock, nn.RNNBase):
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
 
 
-class LSTM(_Stack, nn.LSTM):  # type: ignore[misc]  # one forward where torch.nn has overloads
+class LSTM(_Stack, nn.LSTM):
     """torch.nn.LSTM on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:
@@ -373,7 +374,7 @@ class LSTM(_Stack, nn.LSTM):  # type: ignore[misc]  # one forward where torch.nn
         return (x.new_zeros((*lead, self.proj_size)) if self.proj_size else c0, c0)
 
 
-class GRU(_Stack, nn.GRU):  # type: ignore[misc]
+class GRU(_Stack, nn.GRU):
     """torch.nn.GRU on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:
@@ -423,7 +424,7 @@ class GRU(_Stack, nn.GRU):  # type: ignore[misc]
         return y, (h_n,)
 
 
-class RNN(_Stack, nn.RNN):  # type: ignore[misc]
+class RNN(_Stack, nn.RNN):
     """torch.nn.RNN on the fused kernels: the same constructor, parameters, state_dict, call and results.
 
     Args:

@@ -44,7 +44,8 @@ def layer(
         NotImplementedError: ONNX has no such layer (an LSTM with a projection).
     """
     results = operator.results
-    x, states, weights = tensors[0], tensors[1:results], tensors[results:]
+    x, *states = [tensor for tensor in tensors[:results] if tensor is not None]  # all of them
+    weights = tensors[results:]
     half = len(weights) // 2
     directions = [weights[:half]] if weights[half] is None else [weights[:half], weights[half:]]
     if half == 5 and weights[4] is not None:
@@ -85,11 +86,11 @@ def _symbol(
     name: str,
     x: Tensor,
     states: Sequence[Tensor],
-    directions: Sequence[Sequence[Tensor | None]],
+    directions: Sequence[Sequence[Any]],
     lengths: Tensor | None,
     options: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """ONNX's operator. lengths: int32 [B], steps of each sequence; y is zero behind them."""
+    """ONNX's operator. directions: the weights of each, of which the biases may be None. lengths: int32 [B], steps of each sequence; y is zero behind them."""
     D, order = len(directions), _GATE_ORDER[name]
     w_ih, w_hh = (_reordered(torch.stack([row[k] for row in directions]), order) for k in (0, 1))
     H = w_hh.shape[2]

@@ -86,6 +86,8 @@ def forward(
     if x.shape[-1] != module.input_size:
         raise RuntimeError(f"fastrnn.{name}: input must have {module.input_size} features, got {list(x.shape)}")
     if single:
+        if lengths is not None:
+            raise ValueError(f"fastrnn.{name}: lengths go with a batch, got input {list(x.shape)}")
         x = x.unsqueeze(1)
     elif not packed and module.batch_first:
         x = x.transpose(0, 1)
@@ -102,8 +104,6 @@ def forward(
     elif sorted_indices is not None:
         states = tuple(state.index_select(1, sorted_indices) for state in states)
     if lengths is not None:
-        if single:
-            raise ValueError(f"fastrnn.{name}: lengths go with a batch, got input {list(input.shape)}")
         extended.check_lengths(name, lengths, batch, x.device, packed)
     resets: tuple[Tensor, ...] | None = None
     if reset is not None:
@@ -218,7 +218,8 @@ def _own(module: Any, y: Tensor) -> Tensor:
 
 def _masks(module: Any, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """h_mask, zoneout_h and zoneout_c of one layer, drawn from torch's generator in this order while training."""
-    h_mask, keeps = None, []
+    h_mask = None
+    keeps: list[Tensor | None] = []
     p = module.recurrent_dropout if module.training else 0.0
     if p:
         h_mask = states[0].new_empty(states[0].shape).bernoulli_(1 - p)

@@ -292,22 +292,26 @@ class ForwardSweep {
           }
           Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
         }
-        const int m = static_cast<int>(end - begin), blocks = np * nv / G;
-        if (noisy_) {
-          activate<1, true>(t, begin, m, block, blocks, at, which);
-        } else {
-          activate<kAtOnce, false>(t, begin, m, block, blocks, at, which);
-        }
+        activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
       }
     }
     if (layer_.P) project_h(t, n, which);
   }
 
-  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_. Pieces of one row and one block are
-  // taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody else shall pay for.
+  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_.
+  void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at, int which) {
+    if (noisy_) {
+      activate_rows<1, true>(t, first, m, block, blocks, at, which);
+    } else {
+      activate_rows<kAtOnce, false>(t, first, m, block, blocks, at, which);
+    }
+  }
+
+  // Pieces of one row and one block are taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody
+  // else shall pay for.
   template <int kTogether, bool kNoisy>
-  __attribute__((noinline)) void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
-                                          int which) {
+  __attribute__((noinline)) void activate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
+                                               int which) {
     Piece pieces[kTogether];
     int n = 0;
     for (int j = 0; j < m; ++j) {
