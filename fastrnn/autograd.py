@@ -172,7 +172,8 @@ def _other_door(
         if only_vmap_active():
             layer = globals()[operator.name]  # of this module: it takes a door of its own, below the vmap
             return through_vmap(operator, layer, tensors, batch_sizes, options)
-        return TransformedLayer.apply(*arguments, operator)[: operator.results]
+        outputs = TransformedLayer.apply(*arguments, operator)  # type: ignore[no-untyped-call]
+        return outputs[: operator.results]
     return operator.overload(*arguments)[: operator.results]
 
 

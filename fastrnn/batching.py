@@ -77,7 +77,7 @@ def through_vmap(
     either takes .3 to .5 ms a call, this .05 (machine B of docs/architecture.md).
     """
     level = _functorch.peek_interpreter_stack().level()
-    unwrapped = [(None, None) if t is None else _functorch._unwrap_batched(t, level) for t in tensors]
+    unwrapped: list[Any] = [(None, None) if t is None else _functorch._unwrap_batched(t, level) for t in tensors]
     values, dims = zip(*unwrapped, strict=True)
     this_level = _functorch.pop_dynamic_layer_stack()
     try:
@@ -93,7 +93,8 @@ def through_vmap(
         outputs, out_dims = batched(operator, run, members, in_dims, arguments)
     finally:
         _functorch.push_dynamic_layer_stack(this_level)
-    return tuple(_functorch._add_batch_dim(o, dim, level) for o, dim in zip(outputs, out_dims, strict=True))
+    dims_out: Any = out_dims  # a number each: nothing is saved for a derivative
+    return tuple(_functorch._add_batch_dim(o, dim, level) for o, dim in zip(outputs, dims_out, strict=True))
 
 
 def batched(
@@ -117,8 +118,8 @@ def batched(
     batch_sizes = arguments[count + 1]
     extras = [a for position, a in enumerate(arguments[count : -1 - operator.options]) if position != 1]
     if any(dim is not None for dim in in_dims[results:]) or any(extra is not None for extra in extras):
-        outputs = one_by_one(run, members, in_dims, arguments)
-        stacked = tuple(torch.stack(same) for same in zip(*outputs, strict=True))
+        each = one_by_one(run, members, in_dims, arguments)
+        stacked = tuple(torch.stack(same) for same in zip(*each, strict=True))
         return stacked, (0,) * len(stacked)
     rows = rows_of(operator, batch_sizes is not None)
     for position in range(results):

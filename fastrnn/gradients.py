@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .batching import Dims, fold, one_by_one, rows_of, unfold
 
-Given = Sequence[Tensor | None]
+Given = Sequence[Any]  # tensors and, at places that the operator and the call tell, None
 # Bytes that members of one call may add where all of them have the same layer and only the cotangents differ (jacrev):
 # what the kernel reads is then copied for each of them.
 _MOST_COPIED = 1 << 26
@@ -43,7 +43,11 @@ def reference_gradients(
         outputs = operator.reference(*filled, batch_sizes, *options)
         return tuple(o for o, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None)
 
-    _, pull = torch.func.vjp(layer, *(tensor for tensor, want in zip(tensors, wanted, strict=True) if want))
+    pull: Any
+    _, pull = torch.func.vjp(
+        layer,  # type: ignore[misc]
+        *(tensor for tensor, want in zip(tensors, wanted, strict=True) if want),
+    )
     return pull(tuple(cotangent for cotangent in cotangents if cotangent is not None))
 
 
@@ -63,7 +67,7 @@ class LayerGradients(torch.autograd.Function):
         wanted: tuple[bool, ...],
         batch_sizes: Tensor | None,
         options: tuple[bool, ...],
-        *given: Tensor | None,
+        *given: Any,
     ) -> tuple[Tensor, ...]:
         results, count = operator.results, operator.tensors
         cotangents, tensors, (y, *buffers) = given[:results], given[results:][:count], given[results + count :]
@@ -91,14 +95,17 @@ class LayerGradients(torch.autograd.Function):
         present = [position for position, tensor in enumerate(given) if tensor is not None]
 
         def gradients(*entries: Tensor) -> tuple[Tensor, ...]:
-            filled = [None] * len(given)
+            filled: list[Any] = [None] * len(given)
             for position, entry in zip(present, entries, strict=True):
                 filled[position] = entry
             if members is None:
                 return reference_gradients(operator, wanted, batch_sizes, ctx.options, filled)
             return _member_gradients(operator, members, wanted, batch_sizes, ctx.options, filled)
 
-        found, pull = torch.func.vjp(gradients, *(given[position] for position in present))
+        pull: Any
+        found, pull = torch.func.vjp(  # type: ignore[misc]
+            gradients, *(given[position] for position in present)
+        )
         asked = [second for second, want in zip(seconds, wanted, strict=True) if want]
         pulled = pull(tuple(torch.zeros_like(f) if a is None else a for f, a in zip(found, asked, strict=True)))
         results: list[Tensor | None] = [None] * len(given)
@@ -115,7 +122,7 @@ class LayerGradients(torch.autograd.Function):
         wanted: tuple[bool, ...],
         batch_sizes: Tensor | None,
         options: tuple[bool, ...],
-        *given: Tensor | None,
+        *given: Any,
     ) -> tuple[tuple[Tensor, ...], Dims]:
         fixed, new = (operator, members, wanted, batch_sizes, options), info.batch_size
         results, count = operator.results, operator.tensors
@@ -138,13 +145,13 @@ class LayerGradients(torch.autograd.Function):
             for n in (min(per_call, new - v),)
         ]
         rows = rows_of(operator, batch_sizes is not None)
-        out_dims = [*(row + 1 for row in rows), *(0 if members is None else 1 for _ in wanted[results:])]
+        out_dims: list[Any] = [*(row + 1 for row in rows), *(0 if members is None else 1 for _ in wanted[results:])]
         out_dims = [dim if want else None for dim, want in zip(out_dims, wanted, strict=True)]
-        outputs = [
+        joined = [
             each[0] if dim is None or len(parts) == 1 else torch.cat(each, dim)
             for each, dim in zip(zip(*parts, strict=True), out_dims, strict=True)
         ]
-        return tuple(outputs), tuple(out_dims)
+        return tuple(joined), tuple(out_dims)
 
     @staticmethod
     def _folded(dims: Dims, fixed: tuple[Any, ...], given: Sequence[Tensor | None], new: int) -> list[Tensor]:
@@ -158,7 +165,9 @@ class LayerGradients(torch.autograd.Function):
             for tensor, dim, place in zip(given, dims, places, strict=True)
         ]
         sizes = None if batch_sizes is None else batch_sizes * new
-        found = LayerGradients.apply(operator, (members or 1) * new, wanted, sizes, options, *folded)
+        found = LayerGradients.apply(  # type: ignore[no-untyped-call]
+            operator, (members or 1) * new, wanted, sizes, options, *folded
+        )
         outputs = []
         for gradient, want, place in zip(found, wanted, (*rows, *(None,) * (count - results)), strict=True):
             if not want or (place is None and members is None):
@@ -219,8 +228,8 @@ def _weight_gradients(
     wanted: Sequence[bool],
     batch_sizes: Tensor | None,
     tensors: Given,
-    y: Tensor,
-    buffers: Sequence[Tensor],
+    y: Any,
+    buffers: Given,
     of_rows: Sequence[Tensor],
 ) -> list[Tensor]:
     """A set of gradients of the weights for each member, from the gradients of the gates at every row.
@@ -247,7 +256,7 @@ def _weight_gradients(
             for order in (operator.input_gates, operator.recurrent_gates)
         )
         before = torch.cat((firsts[d], outputs[:, :, d])).index_select(0, _row_before(batch_sizes, members, N, h0, d))
-        sums = [
+        sums: list[Any] = [
             lambda a=d_input: _by_member(a, x),
             lambda a=d_recurrent, h=before: _by_member(a, h),
             lambda a=d_input: a.sum(0),

@@ -117,7 +117,7 @@ class _Stack(HasStock, nn.RNNBase):
     def _flat_weights_count(self, position: int, weight: Tensor) -> bool:
         """Whether torch.nn would take its list `_flat_weights` and not the weight of this name: the weight is the one
         that the list was made from, so that it is the list that a program has changed."""
-        refs = self._flat_weight_refs
+        refs: list[Any] = self._flat_weight_refs
         return position < len(refs) and refs[position] is not None and refs[position]() is weight
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

@@ -164,7 +164,7 @@ def backward(
         with torch.no_grad():
             buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
     if transformed:
-        found = LayerGradients.apply(
+        found = LayerGradients.apply(  # type: ignore[no-untyped-call]
             operator, None, tuple(wanted), batch_sizes, tuple(ctx.options), *gradients, *tensors, y, *buffers
         )
         return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
@@ -245,7 +245,7 @@ def _differentiable_backward(
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _without_projection(tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, wanted: Any) -> Sequence[bool]:
+def _without_projection(tensors: Sequence[Any], batch_sizes: Any, wanted: Any) -> Sequence[bool]:
     """What is wanted of an LSTM of which only c_n is used: after a single step the projection has no part in it, and
     its gradient is none, as in torch, rather than zero."""
     if tensors[7] is None or (tensors[0] if batch_sizes is None else batch_sizes).shape[0] > 1:
@@ -281,8 +281,8 @@ class _Recorded(torch.autograd.Function):
     """apply(*arguments, operator, keys): an operator called through the dispatcher while a gradient is needed."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *arguments, operator, keys = arguments
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        *arguments, operator, keys = given
         output = _below_autograd(operator, keys, arguments)
         ctx.save_for_backward(*arguments[: operator.given], output[0], *output[operator.results :])
         ctx.mark_non_differentiable(*output[operator.results :][:1])  # gates; cells, c at every step, have a gradient
@@ -331,7 +331,7 @@ def _register_derivative(operator: Operator) -> None:
             cells = found[operator.results :] if arguments[-1] else buffers[1:]
             return *found[: operator.results], *buffers[:1], *cells
         if recorded:
-            return _Recorded.apply(*arguments, operator, keys)
+            return _Recorded.apply(*arguments, operator, keys)  # type: ignore[no-untyped-call]
         return _below_autograd(operator, keys, arguments)
 
     _library.impl(operator.name, kernel, "Autograd", with_keyset=True)

@@ -19,8 +19,8 @@ class TransformedLayer(torch.autograd.Function):
     """apply(*arguments, operator): the outputs of an operator, arguments in the order of its schema."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *arguments, operator = arguments
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        *arguments, operator = given
         return operator.overload(*arguments)
 
     @staticmethod
@@ -33,10 +33,10 @@ class TransformedLayer(torch.autograd.Function):
         return *backward_of_all(ctx, gradients, transformed=True), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], Dims]:
-        *arguments, operator = arguments
+    def vmap(info: Any, in_dims: Dims, *given: Any) -> tuple[tuple[Tensor, ...], Dims]:
+        *arguments, operator = given
 
         def run(*arguments: Any) -> tuple[Tensor, ...]:
-            return TransformedLayer.apply(*arguments, operator)
+            return TransformedLayer.apply(*arguments, operator)  # type: ignore[no-untyped-call]
 
         return batched(operator, run, info.batch_size, in_dims[:-1], arguments)

@@ -52,7 +52,11 @@ SCHEMAS = {
     "gru_layer_backward": f"(Tensor? d_y, Tensor? d_h_n, {GRU}, Tensor y, Tensor gates, int needs)",
     "rnn_layer_backward": f"(Tensor? d_y, Tensor? d_h_n, {GRU}, Tensor y, bool relu, int needs)",
 }
-SCHEMAS |= {name.replace("backward", "row_gradients"): SCHEMAS[name] for name in SCHEMAS if "backward" in name}
+SCHEMAS |= {
+    name.replace("backward", "row_gradients"): arguments.replace(", Tensor? d_cells=None", "")
+    for name, arguments in SCHEMAS.items()
+    if "backward" in name
+}
 
 
 def tensors(values: dict) -> dict[str, torch.Tensor]:
