@@ -18,7 +18,7 @@ from torch import nn
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
-from .stock import CLASSES, class_on, spoken_name, written_class
+from .stock import CLASSES, class_on, noise_options, spoken_name, written_class
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = dict(
     zip(CLASSES, (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell), strict=True)
@@ -73,7 +73,8 @@ def revert(model: nn.Module) -> Conversion:
         model: any module. Modules that were made as fastrnn's are reverted like those that were converted.
 
     Returns:
-        What was reverted, and what was left and why: subclasses of fastrnn's classes.
+        What was reverted, and what was left and why: subclasses of fastrnn's classes, and modules with zoneout,
+        recurrent or weight dropout, which torch.nn does not have.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -93,6 +94,8 @@ def _change(model: nn.Module, targets: Mapping[type[nn.Module], type[nn.Module]]
             reason = None if written in settled else _why_left(module, written, tuple(targets))
         elif function == "convert" and "forward" in vars(module):
             reason = "its forward is replaced on the module itself, so that the forward of its class is not called"
+        elif function == "revert" and (noise := noise_options(module)):
+            reason = f"torch.nn.{target.__name__} has no {' and no '.join(noise)}"
         else:
             module.__class__ = class_on(module, target)
             done.converted[name] = f"{spoken_name(written)} -> {spoken_name(target)}"

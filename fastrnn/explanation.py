@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, extension, operators
 from .modules import GRU, LSTM, RNN
-from .stock import CLASSES, spoken_name, written_class
+from .stock import CLASSES, noise_options, spoken_name, written_class
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> str:
@@ -45,6 +45,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     if refusal is not None:
         return f"{name} -> refused: {refusal}"
     sentence = autograd.explain_route(tensors)
+    if sentence.startswith("torch") and noise_options(module):  # torch.nn has no code for noise
+        sentence = f"reference: plain PyTorch (fastrnn.reference), because {sentence.partition('because ')[2]}"
     if sharded and "DTensor" in sentence:
         sentence += "; during a call fully_shard gathers them into plain ones: explain between unshard() and reshard()"
     elif sentence.startswith("kernel"):

@@ -90,7 +90,8 @@ def _symbol(
     lengths: Tensor | None,
     options: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """ONNX's operator. directions: the weights of each, of which the biases may be None. lengths: int32 [B], steps of each sequence; y is zero behind them."""
+    """ONNX's operator. directions: the weights of each, of which the biases may be None. lengths: int32 [B], steps of
+    each sequence; y is zero behind them."""
     D, order = len(directions), _GATE_ORDER[name]
     w_ih, w_hh = (_reordered(torch.stack([row[k] for row in directions]), order) for k in (0, 1))
     H = w_hh.shape[2]

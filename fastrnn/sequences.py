@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import extended
 from .extras import Extras
 from .operators import GRU, LSTM, RNN
+from .stock import noise_options
 
 _OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
 
@@ -51,8 +52,7 @@ def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout:
 
 def noise_repr(module: Any) -> str:
     """What repr() shows of the options for noise, those that are set."""
-    names = ("zoneout", "recurrent_dropout", "weight_dropout")
-    return "".join(f", {name}={vars(module)[name]}" for name in names if name in vars(module))
+    return "".join(f", {name}={value}" for name, value in noise_options(module).items())
 
 
 def _zoneouts(module: Any) -> tuple[float, float]:

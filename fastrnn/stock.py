@@ -5,6 +5,8 @@ class differs. modules.py and cells.py take to_torch() from here, conversion.py 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -44,6 +46,12 @@ def class_on(module: nn.Module, written: type[nn.Module]) -> type[nn.Module]:
     return type(f"Parametrized{written.__name__}", (written,), namespace)
 
 
+def noise_options(module: nn.Module) -> dict[str, Any]:
+    """The module's options for noise that are not zero, by name. torch.nn's modules have no such options."""
+    given = {name: getattr(module, name, 0.0) for name in ("zoneout", "recurrent_dropout", "weight_dropout")}
+    return {name: value for name, value in given.items() if (any(value) if isinstance(value, (tuple, list)) else value)}
+
+
 class HasStock:
     """to_torch() for the modules and cells."""
 
@@ -55,7 +63,8 @@ class HasStock:
             the other; what is later replaced, registered or moved in one is not in the other.
 
         Raises:
-            TypeError: the class is a subclass of fastrnn's, and torch.nn has none with its changes.
+            TypeError: the class is a subclass of fastrnn's, and torch.nn has none with its changes; or zoneout,
+                recurrent_dropout or weight_dropout is set, which torch.nn does not have either.
         """
         assert isinstance(self, nn.Module)
         written = written_class(self)
@@ -63,6 +72,9 @@ class HasStock:
         if stock is None:
             got = spoken_name(written)
             raise TypeError(f"fastrnn.to_torch: the class must be fastrnn's own, got the subclass {got}")
+        noise = noise_options(self)
+        if noise:
+            raise TypeError(f"fastrnn.to_torch: torch.nn.{stock.__name__} has no {' and no '.join(noise)}")
         cls = class_on(self, stock)
         made = cls.__new__(cls)
         # As torch's replicas for DataParallel: the same tensors in containers of its own.

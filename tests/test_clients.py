@@ -72,13 +72,13 @@ def reinforcement_learning() -> tuple[nn.Module, dict[str, list[float]]]:
     return model.policy, history
 
 
-def test_recurrent_ppo_earns_and_loses_the_same(monkeypatch, compiled, rungs, one_thread):
+def test_recurrent_ppo_earns_and_loses_the_same(compiled, rungs, one_thread):
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
     policy, expected = reinforcement_learning()
     assert type(policy.lstm_actor) is nn.LSTM
     assert not rungs
-    monkeypatch.setattr(nn, "LSTM", fastrnn.LSTM)
-    policy, found = reinforcement_learning()
+    with fastrnn.patch():
+        policy, found = reinforcement_learning()
     assert type(policy.lstm_actor) is type(policy.lstm_critic) is fastrnn.LSTM
     assert set(rungs) == {"kernel"}
     assert len(found["reward"]) == 3 * 2 * 32
@@ -183,7 +183,7 @@ def test_dynamic_quantization_leaves_our_modules_and_takes_torchs(kind):
     with pytest.raises(AssertionError, match=r"only works for nn\.LSTM and nn\.GRU"):
         quantize(model, asked, mapping={getattr(fastrnn, kind): getattr(torch.ao.nn.quantized.dynamic, kind)})
 
-    model.recurrent.__class__ = getattr(nn, kind)  # the way to a quantized module: torch.nn's class again
+    fastrnn.revert(model)  # the way to a quantized module: torch.nn's class again
     quantized = quantize(model, every)
     assert type(quantized.recurrent) is getattr(torch.ao.nn.quantized.dynamic, kind)
     assert (quantized(x) - model(x)).abs().max() < 0.05

@@ -296,6 +296,28 @@ def test_subclasses_are_left_with_the_reason():
     assert type(model["own"]) is OwnLstm
 
 
+NOISE = {
+    "zoneout": lambda name: (0.0, 0.5) if name == "LSTM" else 0.5,
+    "recurrent_dropout": lambda name: 0.5,
+    "weight_dropout": lambda name: 0.5,
+}
+
+
+@pytest.mark.parametrize("option", NOISE)
+@pytest.mark.parametrize("name", LAYERS)
+def test_noise_that_torch_lacks_is_left_and_refused(name, option):
+    """Not changed into a module that silently computes without it. Read at each call: it may be set to zero later."""
+    module = getattr(fastrnn, name)(3, 5, **{option: NOISE[option](name)})
+    assert fastrnn.revert(module) == fastrnn.Conversion({}, {"": f"torch.nn.{name} has no {option}"})
+    assert type(module) is getattr(fastrnn, name)
+    with pytest.raises(TypeError, match=rf"fastrnn.to_torch: torch.nn.{name} has no {option}$"):
+        module.to_torch()
+    assert fastrnn.convert(module) == fastrnn.Conversion({}, {})
+    setattr(module, option, (0.0, 0.0) if isinstance(getattr(module, option), tuple) else 0.0)
+    assert type(module.to_torch()) is getattr(nn, name)
+    assert list(fastrnn.revert(module).converted) == [""]
+
+
 def test_parametrized_subclass_is_left():
     module = OwnLstm(3, 5)
     parametrizations.weight_norm(module, "weight_hh_l0")

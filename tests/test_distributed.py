@@ -62,7 +62,7 @@ def ours(kind: str) -> Tagger:
     model = copy.deepcopy(stock(kind))
     for layer in model.layers:
         if not (kind == "mixed" and type(layer) is nn.GRU):
-            layer.__class__ = getattr(fastrnn, type(layer).__name__)
+            fastrnn.convert(layer)
     return model
 
 

@@ -43,6 +43,16 @@ def test_kernel_with_its_instruction_set_and_gradient(name, compiled):
     assert fastrnn.explain(module, unbatched) == f"{kernel}, with gradient; 1 thread"
 
 
+def test_noise_has_no_code_in_torch(compiled):
+    """Where other calls take torch.nn's own forward, those with noise take the reference."""
+    module = fastrnn.LSTM(3, 5, recurrent_dropout=0.5)
+    assert fastrnn.explain(module, an_input("LSTM")).startswith("fastrnn.LSTM -> kernel")
+    with torch.autocast("cpu"):
+        sentence = fastrnn.explain(module, an_input("LSTM"))
+    reason = "because autocast is on for the CPU"
+    assert sentence == f"fastrnn.LSTM -> reference: plain PyTorch (fastrnn.reference), {reason}"
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("split", "options", "batch", "plan"),
