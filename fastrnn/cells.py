@@ -7,12 +7,22 @@ take, and what is wrong, goes to torch.nn's own forward.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import autograd
-from .modules import States, Weights, read_weights
+from .modules import States, Weights, read_weights, refuse_recording
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _short_way(cell: nn.RNNCellBase, gates: int, input: Tensor, hx: Any) -> Any:
+    """The whole call in csrc/module_call.cpp; None if the call is not an ordinary one."""
+    if is_compiling() or autograd._C is None:
+        return None
+    return autograd._C.cell_call(cell.__dict__, gates, input, hx)
 
 
 def _layer_arguments(
@@ -23,6 +33,7 @@ def _layer_arguments(
     None if the kernels do not take them; torch.nn's forward then computes, or says what is wrong.
     """
     weights = read_weights(cell, _NAMES)
+    refuse_recording(cell, [x, *states, *weights])
     if weights[0] is None or weights[1] is None or autograd.route([x, *states, *weights]) == "torch":
         return None
     units = cell.hidden_size
@@ -68,6 +79,9 @@ class LSTMCell(nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: input [B, I] or [I], hx the pair (h, c) of [B, H] or [H], zeros if None; returns (h', c')."""
+        output = _short_way(self, 4, input, hx)
+        if output is not None:
+            return output
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             arguments = _layer_arguments(self, input, () if hx is None else tuple(hx), 2)
             if arguments is not None:
@@ -92,6 +106,9 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        output = _short_way(self, 3, input, hx)
+        if output is not None:
+            return output
         arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
         if arguments is None:
             return super().forward(input, hx)
@@ -116,6 +133,9 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        output = _short_way(self, 1, input, hx)
+        if output is not None:
+            return output
         if self.nonlinearity in ("tanh", "relu"):
             arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
             if arguments is not None:

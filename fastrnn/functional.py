@@ -26,6 +26,7 @@ def lstm(
     weights: Weights,
     reverse_weights: Weights | None = None,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer over a whole sequence.
 
@@ -37,6 +38,7 @@ def lstm(
             None.
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*R] or [N, D*R], h at every step. state: (h, c) after the last step, h [D, B, R], c [D, B, H].
         Differentiable any number of times: once by kernels, further through reference.py.
@@ -61,7 +63,7 @@ def lstm(
     if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
-        y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes)
+        y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes, recompute)
     return y, (h, c)
 
 
@@ -72,6 +74,7 @@ def gru(
     weights: Weights,
     reverse_weights: Weights | None = None,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One GRU layer over a whole sequence.
 
@@ -82,6 +85,7 @@ def gru(
             the order r z n. The biases may be None.
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
         Differentiable any number of times: once by kernels, further through reference.py.
@@ -98,7 +102,7 @@ def gru(
         _check_more("gru", x, states, ("state",), directions, batch_sizes)
     if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
-    return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)
+    return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes, recompute)
 
 
 def rnn(
@@ -109,6 +113,7 @@ def rnn(
     reverse_weights: Weights | None = None,
     nonlinearity: str = "tanh",
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One Elman RNN layer over a whole sequence.
 
@@ -120,6 +125,7 @@ def rnn(
         reverse_weights: the same for a second direction, from the last step to the first; D is 2 if given, else 1.
         nonlinearity: "tanh" or "relu".
         batch_sizes: CPU int64 [T], rows of each step, non-increasing, sum N; as in a PackedSequence.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
         Differentiable any number of times: once by kernels, further through reference.py.
@@ -140,7 +146,7 @@ def rnn(
         _check_more("rnn", x, states, ("state",), directions, batch_sizes)
     if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
-    return autograd.rnn_layer(x, *states, *directions[0], *directions[1], batch_sizes, relu)
+    return autograd.rnn_layer(x, *states, *directions[0], *directions[1], batch_sizes, relu, recompute)
 
 
 def _kind(value: Any) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What PyTorch must know of the operators torch.ops.fastrnn.*: derivatives, shapes of the results, batching.
 
-Importing it registers all three; autograd.py does so and shares backward() with its own door. Schemas and kernels are
-csrc/ops.cpp's.
+Importing it registers all three; autograd.py does so. The eager door has its derivative in csrc/derivative.cpp, which
+comes here where a backward is not plain. Schemas and kernels are csrc/ops.cpp's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from . import extension, reference
 from .batching import batched, only_vmap_active
 
 _functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
@@ -75,43 +73,73 @@ GRU = Operator("gru_layer", gates=3, tensors=10, results=2, buffers=1, after_bat
 RNN = Operator("rnn_layer", gates=1, tensors=10, results=2, buffers=0, after_batch_sizes=4, options=1,
                reference=reference.rnn_layer)
 # fmt: on
+_BY_NAME = {operator.name: operator for operator in (LSTM, GRU, RNN)}
 
 
-def backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of an operator's tensors, given those of y and the final states; both doors end here.
+def backward(
+    operator: Operator,
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    options: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's tensors, given those of y and the final states.
 
-    ctx.saved_tensors holds the tensors, batch_sizes, y and the buffers; ctx.options the operator's options; ctx.saved
-    whether the forward filled the buffers; ctx.direct whether it went past the dispatcher.
+    Args:
+        operator: whose.
+        tensors: its differentiable arguments.
+        kept: batch_sizes, y and the buffers. Where the forward kept nothing, y is None, or the buffers are empty.
+        options: its options.
+        gradients: of y and the final states, None for zero.
+        wanted: which of the tensors need one.
     """
     count = operator.tensors
-    saved = ctx.saved_tensors  # read once: under checkpointing each read unpacks again
-    tensors, (batch_sizes, y, *buffers) = saved[:count], saved[count:]
-    wanted = ctx.needs_input_grad[:count]
-    undefined, direct = True, ctx.direct and not is_compiling() and not _dispatch_modes()
-    for gradient in gradients:
-        if gradient is not None:
-            undefined = False
-            # is_grads_batched hands over several gradients in one wrapper, which the dispatcher unrolls
-            if direct and (type(gradient) is not Tensor or _is_legacy_batchedtensor(gradient)):
-                direct = False
-    if undefined:
+    if all(gradient is None for gradient in gradients):
         return (None,) * count
+    batch_sizes, y, *buffers = kept
     if torch.is_grad_enabled() or transforms_active():  # create_graph, vmap of the backward, forward over reverse
-        return _differentiable_backward(operator, tensors, (batch_sizes, *ctx.options), gradients, wanted)
+        return _differentiable_backward(operator, tensors, (batch_sizes, *options), gradients, wanted)
 
     extras = operator.extras(batch_sizes)
-    if not ctx.saved:  # called through torch.ops with save=False although a gradient was needed: run it once more
-        buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+    buffers = buffers[: operator.buffers]
+    if y is None or any(buffer.shape == (0,) for buffer in buffers):  # not kept: run the forward once more
+        y, *rest = operator.overload(*tensors, *extras, *options, True)
+        buffers = rest[operator.results - 1 :]
     needs = 0
     for position, want in enumerate(wanted):
         if want:
             needs |= 1 << position
-    if direct:
-        run = getattr(extension.module, operator.backward_name)
-    else:
-        run = getattr(torch.ops.fastrnn, operator.backward_name).default
-    found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs)
+    run = getattr(torch.ops.fastrnn, operator.backward_name).default
+    found = run(*gradients, *tensors, *extras, y, *buffers, *options, needs)
     return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
+
+
+def continue_backward(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    relu: bool,
+    step: bool,
+) -> tuple[Tensor | None, ...]:
+    """The backward of the eager door where it is not plain; csrc/derivative.cpp calls it.
+
+    Args:
+        name: of the operator.
+        tensors, kept, gradients, wanted: as for backward().
+        relu: the option of rnn_layer.
+        step: x is [B, I], the states are [B, R] as a cell has them, and there is no gradient of y.
+    """
+    operator = _BY_NAME[name]
+    options, results = (relu,) * operator.options, operator.results
+    if not step:
+        return backward(operator, tensors, kept, options, gradients, wanted)
+    inputs = [tensor.unsqueeze(0) for tensor in tensors[:results]]
+    cotangents = [None, *(None if gradient is None else gradient.unsqueeze(0) for gradient in gradients)]
+    found = backward(operator, [*inputs, *tensors[results:]], kept, options, cotangents, wanted)
+    return *(None if gradient is None else gradient.squeeze(0) for gradient in found[:results]), *found[results:]
 
 
 def _differentiable_backward(
@@ -156,10 +184,12 @@ def _register_derivative(operator: Operator) -> None:
         ctx.mark_non_differentiable(*buffers)
         ctx.set_materialize_grads(False)
         ctx.options = inputs[len(inputs) - 1 - operator.options : -1]
-        ctx.saved, ctx.direct = inputs[-1], False
 
     def backward_of_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(operator, ctx, gradients[:results]), *undifferentiated
+        saved = ctx.saved_tensors  # read once: under checkpointing each read unpacks again
+        wanted = ctx.needs_input_grad[:count]
+        found = backward(operator, saved[:count], saved[count:], ctx.options, gradients[:results], wanted)
+        return *found, *undifferentiated
 
     torch.library.register_autograd(f"fastrnn::{operator.name}", backward_of_all, setup_context=setup_context)
 

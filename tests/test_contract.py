@@ -50,7 +50,9 @@ def test_class_is_torchs(name):
 )
 def test_signature_names_every_argument_in_torchs_order(name, expected):
     parameters = inspect.signature(getattr(fastrnn, name)).parameters
-    assert [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD] == expected.split()
+    ours = ["recompute"] if name in LAYERS else []  # by keyword alone, after all of torch's
+    assert [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD] == expected.split() + ours
+    assert all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in ours)
 
 
 @pytest.mark.parametrize(
