@@ -97,6 +97,9 @@ class TorchContender:
         self._module = build_module(library, problem.cell, problem.shape, problem.x.dtype)
         self._module.load_state_dict(problem.weights)
         self._module.train(problem.training)  # in train mode oneDNN's LSTM keeps a workspace, also without gradient
+        if problem.pass_ == "prepacked-call" and hasattr(library, "prepacked"):
+            self._block = library.prepacked(self._module)  # left when the contender is
+            self._block.__enter__()
         self._cell: nn.RNNCellBase | None = None
         if problem.pass_ == "cell":
             layer = getattr(library, KINDS[problem.cell] + "Cell")

@@ -6,6 +6,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .compiling import fullgraph
 from .explanation import explain
 from .modules import GRU, LSTM, RNN
+from .prepacking import prepacked
 
 __version__ = "0.1.0"
 
@@ -20,5 +21,6 @@ __all__ = [
     "explain",
     "fullgraph",
     "functional",
+    "prepacked",
     "reference",
 ]
