@@ -44,7 +44,8 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"],
 }  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
-TORCH_SOURCES = ["csrc/ops.cpp", "csrc/cpu/layer.cpp"]  # the only files that see torch
+# The only files that see torch.
+TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu/layer", "derivative", "module_call", "prepacked")]
 
 
 def sources_with_flags() -> dict[str, list[str]]:

@@ -116,6 +116,9 @@ class TorchContender:
         self._module.load_state_dict(problem.weights)
         self._module.train(problem.training)  # in train mode oneDNN's LSTM keeps a workspace, also without gradient
         self._members = problem.pass_ == "vmap" and library is not nn  # torch.nn's layers refuse vmap
+        if problem.pass_ == "prepacked-call" and hasattr(library, "prepacked"):
+            self._block = library.prepacked(self._module)  # left when the contender is
+            self._block.__enter__()
         self._cell: nn.RNNCellBase | None = None
         if problem.pass_ == "cell":
             layer = getattr(library, KINDS[problem.cell] + "Cell")

@@ -166,7 +166,10 @@ def _figures(problem: Problem, timings: dict[str, Timing], roofline: Roofline, t
 def missing_peers(tasks: Iterable[Task], dtype: torch.dtype) -> str:
     """Why ONNX Runtime takes no part in rows in which it could, or an empty string."""
     for task in tasks:
-        if task.pass_ in ("inference", "packed-inference", "lengths-inference", "call") and not task.shape.P:
+        if (
+            task.pass_ in ("inference", "packed-inference", "lengths-inference", "call", "prepacked-call")
+            and not task.shape.P
+        ):
             small = Shape("probe", 1, 1, 1, 1, "")
             reason = onnx_runtime_missing(make_problem(task.cell, small, "inference", dtype))
             return f"{ONNX_RUNTIME}: {reason}" if reason else ""

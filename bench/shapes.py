@@ -17,10 +17,12 @@ PASSES = {
     "reset-inference": "inference, the state zeroed at 2 % of the steps; torch.nn is called once a step",
     "reset-training": "training, the state zeroed at 2 % of the steps; torch.nn is called once a step",
     "call": "one step of a layer from a given state, without gradient",
+    "prepacked-call": "the same inside fastrnn.prepacked(layer)",
     "call-training": "one step of a layer from a given state, forward and backward",
     "cell": "one step of the cell module, without gradient",
 }
-CALLS = ("call", "call-training", "cell")  # passes of one step: latency, measured on one thread unless --full
+# Passes of one step: latency, measured on one thread unless --full.
+CALLS = ("call", "prepacked-call", "call-training", "cell")
 EVERY_CELL = tuple(GATES)
 LAYER = ("inference", "training")
 MEMBERS = ("inference", "training", "vmap")
@@ -126,7 +128,7 @@ _RAGGED = [
     Shape("packed-h64", 100, 16, 64, 64, "ragged batch", passes=PACKED),
 ]
 _SINGLE = [Shape("call-h64-b1", 1, 1, 64, 64, "one step: control, audio callback", passes=CALLS, quick=EVERY_CELL)] + [
-    Shape(f"call-h{H}-b{B}", 1, B, H, H, "one step", passes=("call",), quick=EVERY_CELL if (B, H) == (1, 256) else ())
+    Shape(f"call-h{H}-b{B}", 1, B, H, H, "one step", passes=CALLS[:2], quick=EVERY_CELL if (B, H) == (1, 256) else ())
     for H in (256, 512)
     for B in (1, 8)
 ]

@@ -17,12 +17,13 @@ using cpu::Cell;
 // Every pointer borrows a tensor that its caller keeps alive; null: not given.
 // Shapes: letters as in cpu/layer.h. Packed: x and y have rows [N], else [T, B].
 
-struct Weights {       // of one direction
-  const Tensor* w_ih;  // [G*H, I]
-  const Tensor* w_hh;  // [G*H, R]
-  const Tensor* b_ih;  // [G*H]
-  const Tensor* b_hh;  // [G*H]
-  const Tensor* w_hr;  // [P, H], LSTM only
+struct Weights {                     // of one direction
+  const Tensor* w_ih;                // [G*H, I]
+  const Tensor* w_hh;                // [G*H, R]
+  const Tensor* b_ih;                // [G*H]
+  const Tensor* b_hh;                // [G*H]
+  const Tensor* w_hr;                // [P, H], LSTM only
+  const cpu::PackedWeights* packed;  // the five above as the tile reads them, in their place; null: packed at the call
 };
 
 struct LayerArguments {
@@ -67,8 +68,14 @@ struct LayerResults {
   Tensor y;      // [T, B, D*R] or [N, D*R]
   Tensor h_n;    // [D, B, R]
   Tensor c_n;    // [D, B, H], LSTM only
-  Tensor gates;  // [D, N, 4*padded(H)], LSTM and GRU; [0] when not saved
-  Tensor cells;  // [D, N, H], LSTM; [0] when not saved
+  Tensor gates;  // [D, N, 4*padded(H)], LSTM and GRU; undefined when not saved
+  Tensor cells;  // [D, N, H], LSTM; undefined when not saved
+};
+
+// One layer's weights, packed for calls to come. It owns what `direction` points to.
+struct PackedLayer {
+  Tensor memory[2];  // bytes; zero where no weight lies, so that equal weights are equal bytes
+  cpu::PackedWeights direction[2];
 };
 
 // Gradients in the order of the schema: x, h0, (c0), then per direction w_ih, w_hh, b_ih, b_hh, (w_hr), then reset_h,
@@ -83,9 +90,20 @@ struct RowGradients {
   Tensor d_gates;          // [D, N, stored*H], see DirectionBackward
   Tensor d_h;              // [D, N, P], LSTM with a projection, else [0]
 };
+// Every layer above the backends is switched off where the kernels run: autograd, and modes of Python or functorch that
+// would replace the copy of a strided tensor by something without memory. Lazy negation stays.
+inline c10::DispatchKeySet layers_above() {
+  using c10::DispatchKeySet, c10::DispatchKey;
+  const DispatchKeySet below = DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Python) |
+                               DispatchKeySet({DispatchKey::Conjugate, DispatchKey::Negative, DispatchKey::ZeroTensor});
+  return DispatchKeySet(DispatchKeySet::RAW, DispatchKeySet(DispatchKeySet::FULL).raw_repr() & ~below.raw_repr());
+}
 
 namespace cpu {
-LayerResults layer_forward(const LayerArguments& arguments, const Sizes& sizes, bool save);
+// h_n and c_n are written into those of `given` where it has them.
+LayerResults layer_forward(const LayerArguments& arguments, const Sizes& sizes, bool save, LayerResults given = {});
+// For the instruction set chosen now, or for `kernels` if not null.
+PackedLayer pack_layer(const LayerArguments& arguments, const Sizes& sizes, const Kernels* kernels = nullptr);
 Gradients layer_backward(const BackwardArguments& arguments, const Sizes& sizes);
 RowGradients layer_row_gradients(const BackwardArguments& arguments, const Sizes& sizes);
 }  // namespace cpu

@@ -2,6 +2,7 @@
 // The nine operators: their schemas, and the two doors to the same functions: torch.ops.fastrnn.* (the dispatcher) and
 // fastrnn._C.* (pybind11: no dispatcher, no autograd). Derivatives and fake kernels are registered in
 // fastrnn/autograd.py. fastrnn._C also tells how it was built and which instruction set runs.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -20,6 +21,9 @@
 #include "checks.h"
 #include "cpu/layer.h"
 #include "cpu/roofline.h"
+#include "derivative.h"
+#include "module_call.h"
+#include "prepacked.h"
 
 // ---- schemas -------------------------------------------------------------------------------------------------------
 // d_* is the gradient of *. Bit k of `needs`: output k of the backward is wanted; those that are not come out as [0].
@@ -150,6 +154,12 @@ LayerResults forward(const LayerArguments& arguments, bool save) {
   return cpu::layer_forward(arguments, checks::Checker(arguments).layer(), save);
 }
 
+// gates or cells as an operator returns them: [0] when not saved.
+Tensor or_nothing(Tensor saved, const Tensor& y) {
+  if (saved.defined()) return saved;
+  return at::detail::empty_cpu({0}, y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
 template <size_t... k>
 auto tuple_of(Gradients&& gradients, std::index_sequence<k...>) {
   return std::make_tuple(std::move(gradients[k])...);
@@ -179,12 +189,12 @@ Cell rnn_cell(bool relu) { return relu ? Cell::rnn_relu : Cell::rnn_tanh; }
 
 auto lstm_layer(Reader& next) {
   LayerResults r = forward(next.layer("lstm_layer", Cell::lstm), next.integer());
-  return std::make_tuple(std::move(r.y), std::move(r.h_n), std::move(r.c_n), std::move(r.gates), std::move(r.cells));
+  return std::make_tuple(r.y, r.h_n, r.c_n, or_nothing(r.gates, r.y), or_nothing(r.cells, r.y));
 }
 
 auto gru_layer(Reader& next) {
   LayerResults r = forward(next.layer("gru_layer", Cell::gru), next.integer());
-  return std::make_tuple(std::move(r.y), std::move(r.h_n), std::move(r.gates));
+  return std::make_tuple(r.y, r.h_n, or_nothing(r.gates, r.y));
 }
 
 auto rnn_layer(Reader& next) {
@@ -262,15 +272,6 @@ constexpr auto gru_cotangents = maybe + maybe;
 constexpr auto lstm_cotangents = maybe + maybe + maybe;
 constexpr auto rnn_cotangents = gru_cotangents;
 
-// Every layer above the backends is switched off in an operator: autograd for the direct door, and modes of Python or
-// functorch that would replace the copy of a strided tensor by something without memory. Lazy negation stays.
-c10::DispatchKeySet layers_above() {
-  using c10::DispatchKeySet, c10::DispatchKey;
-  const DispatchKeySet below = DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Python) |
-                               DispatchKeySet({DispatchKey::Conjugate, DispatchKey::Negative, DispatchKey::ZeroTensor});
-  return DispatchKeySet(DispatchKeySet::RAW, DispatchKeySet(DispatchKeySet::FULL).raw_repr() & ~below.raw_repr());
-}
-
 template <auto body, class Signature>
 struct Operator;
 template <auto body, class... A>
@@ -283,6 +284,53 @@ struct Operator<body, Types<A...>> {
     return body(reader);
   }
 };
+
+// ---- the same with gradient, for eager calls -----------------------------------------------------------------------
+// Arguments as the operator's; `save` means that gates and cells are kept, and not computed again by the backward.
+
+LayerResults with_gradient(const LayerArguments& a, bool save) {
+  TORCH_CHECK(a.lengths == nullptr && a.reset == nullptr && a.reset_h == nullptr && a.reset_c == nullptr &&
+                  a.h_mask == nullptr && a.zoneout_h == nullptr && a.zoneout_c == nullptr,
+              "fastrnn.", a.name, "_with_gradient: takes batch_sizes alone of what follows the weights");
+  Recording recording;
+  recording.recompute = !save;
+  return layer_with_gradient(a, recording);
+}
+
+auto lstm_layer_with_gradient(Reader& next) {
+  LayerResults r = with_gradient(next.layer("lstm_layer", Cell::lstm), next.integer());
+  return std::make_tuple(r.y, r.h_n, r.c_n);
+}
+
+auto gru_layer_with_gradient(Reader& next) {
+  LayerResults r = with_gradient(next.layer("gru_layer", Cell::gru), next.integer());
+  return std::make_tuple(r.y, r.h_n);
+}
+
+auto rnn_layer_with_gradient(Reader& next) {
+  LayerArguments a = next.layer("rnn_layer", Cell::rnn_tanh);
+  a.cell = rnn_cell(next.integer());
+  LayerResults r = with_gradient(a, next.integer());
+  return std::make_tuple(r.y, r.h_n);
+}
+
+template <auto body, class Signature>
+struct Recorded;
+template <auto body, class... A>
+struct Recorded<body, Types<A...>> {
+  static auto call(A... argument) {
+    Reader reader;
+    (reader.add(argument), ...);
+    return body(reader);
+  }
+};
+
+template <class Define>
+void for_each_recorded(Define define) {
+  define("lstm_layer_with_gradient", &Recorded<lstm_layer_with_gradient, decltype(lstm_inputs + flag)>::call);
+  define("gru_layer_with_gradient", &Recorded<gru_layer_with_gradient, decltype(gru_inputs + flag)>::call);
+  define("rnn_layer_with_gradient", &Recorded<rnn_layer_with_gradient, decltype(rnn_inputs + flag + flag)>::call);
+}
 
 // Calls define(name, function) for every operator.
 template <class Define>
@@ -366,10 +414,35 @@ TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
 }  // namespace
 }  // namespace fastrnn
 
+// A copy of a module, or one that is read from a file, is not inside the block: its packed weights become None.
+static void define_prepacked(py::module_& m) {
+  using fastrnn::Cell, fastrnn::Prepacked;
+  py::class_<Prepacked>(m, "Prepacked", "Packed weights of a module and what they were packed from.")
+      .def(py::init(
+          [](const std::string& cell, int64_t directions, const Prepacked::Rows& rows, const Prepacked::Names& names) {
+            TORCH_CHECK_VALUE(cell == "lstm" || cell == "gru" || cell == "rnn",
+                              "fastrnn.prepacked: cell is lstm, gru or rnn");
+            return Prepacked(cell == "lstm"  ? Cell::lstm
+                             : cell == "gru" ? Cell::gru
+                                             : Cell::rnn_tanh,
+                             directions, rows, names);
+          }))
+      .def("close", &Prepacked::close, "Ends its use: the block is over.")
+      .def("changed", torch::wrap_pybind_function_no_gil(&Prepacked::changed),
+           "Names of the weights that are not, or do not hold, what was packed.")
+      .def("__deepcopy__", [](const Prepacked&, const py::dict&) { return py::none(); })
+      .def("__copy__", [](const Prepacked&) { return py::none(); })
+      .def("__reduce__", [](const Prepacked&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); });
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The operators of fastrnn without the dispatcher and without autograd, and facts about the build.";
   fastrnn::for_each_operator(
       [&](const char* name, auto function) { m.def(name, torch::wrap_pybind_function_no_gil(function)); });
+  fastrnn::for_each_recorded(
+      [&](const char* name, auto function) { m.def(name, torch::wrap_pybind_function_no_gil(function)); });
+  fastrnn::define_module_calls(m.ptr());
+  define_prepacked(m);
   m.def("isa", [] { return std::string(fastrnn::cpu::isa_name()); }, "The instruction set in use.");
   m.def("available_isas", &fastrnn::available_isas, "Instruction sets compiled in and supported here, best last.");
   m.def("select_isa", torch::wrap_pybind_function(fastrnn::select_isa), "Switches to an available instruction set.");

@@ -4,7 +4,7 @@
 Without the velocities one observation does not say which way the pole falls, so the policy has to remember. Rollouts
 are of a fixed length and hold the ends of episodes; where an episode begins, the state begins anew. The update computes
 whole rollouts again, with gradient. The common way is a call of the LSTM for every step, in order to zero the state of
-those rows whose episode begins (`--loop`). Here one call covers all steps up to the next beginning in any row.
+those rows whose episode begins (`--loop`). Here one call with `reset` covers the whole rollout.
 
     pip install gymnasium
     python examples/rl_ppo.py             # about a minute; solved is a mean return of 400, of at most 500
@@ -90,12 +90,12 @@ class Policy(nn.Module):
 
     def recur(self, x: Tensor, state: State, begins: Tensor) -> tuple[Tensor, State]:
         """The LSTM over [T, B, 64]; where begins [T, B], the state before the step is zero."""
-        every = range(len(x))
-        cuts = list(every if self.loop else sorted({0, *begins.any(1).nonzero().flatten().tolist()}))
+        if not self.loop:
+            return self.lstm(x, state, reset=begins)
         outputs = []
-        for first, last in zip(cuts, [*cuts[1:], len(x)], strict=True):
-            keep = (~begins[first]).to(x.dtype).view(1, -1, 1)
-            y, state = self.lstm(x[first:last], (keep * state[0], keep * state[1]))
+        for step, begin in zip(x, begins, strict=True):
+            keep = (~begin).to(x.dtype).view(1, -1, 1)
+            y, state = self.lstm(step[None], (keep * state[0], keep * state[1]))
             outputs.append(y)
         return torch.cat(outputs), state
 
@@ -199,7 +199,7 @@ def train(options: argparse.Namespace) -> dict[str, float | list[float]]:
     collector = Collector(options, policy)
     per_update = options.envs * options.rollout
     updates = max(1, options.steps // per_update)
-    way = "a call a step" if options.loop else "a call for all steps up to the next beginning of an episode"
+    way = "a call a step" if options.loop else "one call with resets where an episode begins"
     print(f"LSTM {options.hidden}, {options.envs} environments, rollouts of {options.rollout}; {way}")
     losses: list[float] = []
     in_update, start, mean = 0.0, time.perf_counter(), 0.0

@@ -7,6 +7,7 @@ from .compiling import fullgraph
 from .conversion import Conversion, convert, patch, revert
 from .explanation import explain
 from .modules import GRU, LSTM, RNN
+from .prepacking import prepacked
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "fullgraph",
     "functional",
     "patch",
+    "prepacked",
     "reference",
     "revert",
 ]

@@ -9,15 +9,14 @@ runs) for whatever the kernels do not take.
 The doors of the kernel rung, all to the same C++ function. Times of a call with T = 1, B = 1, H = 64 (see
 docs/architecture.md) are why there are three:
 - no gradient needed: pybind11, directly;
-- gradient needed: a torch.autograd.Function with a plain forward(ctx, ...); one with setup_context re-binds the
-  signature at every call;
+- gradient needed: pybind11 again, to an autograd function in C++ (csrc/derivative.cpp);
 - torch.func: transforms.py, which ends in torch.ops.fastrnn; vmap alone ends in the first two;
 - torch.compile, torch.export, or a dispatch mode that wants to see operators: torch.ops.fastrnn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.compiler import is_compiling, is_exporting
 
 from . import extension, onnx_export
 from .batching import only_vmap_active, through_vmap
-from .operators import GRU, LSTM, RNN, Operator, backward, needs_reference
+from .operators import GRU, LSTM, RNN, Operator, needs_reference
 from .transforms import TransformedLayer
 
 _C: Any = extension.module
@@ -43,7 +42,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 _STRIDED = torch.strided
 
 
-def route(tensors: Iterable[Tensor | None]) -> str:
+def route(tensors: Sequence[Tensor | None]) -> str:
     """The rung that a layer with these tensors takes: "kernel", "reference" or "torch". Called once per layer call.
 
     Args:
@@ -54,28 +53,28 @@ def route(tensors: Iterable[Tensor | None]) -> str:
     compiling = is_compiling()
     if is_autocast_enabled("cpu") or (not compiling and _tracing_state() is not None):
         return "torch"
-    dtype = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN and not compiling:  # a compiler calls with tensors of its own classes
-            return "torch"
-        if tensor.dtype is not dtype:
-            if dtype is not None or tensor.dtype not in _DTYPES:
+    if compiling or not _C.is_ordinary(tensors):  # in C++, .2 us instead of 1.5
+        dtype = None
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN and not compiling:  # a compiler calls with tensors of its own classes
                 return "torch"
-            dtype = tensor.dtype
-        if not tensor.is_cpu or tensor.layout is not _STRIDED or tensor.is_nested:
-            return "torch"
+            if tensor.dtype is not dtype:
+                if dtype is not None or tensor.dtype not in _DTYPES:
+                    return "torch"
+                dtype = tensor.dtype
+            if not tensor.is_cpu or tensor.layout is not _STRIDED or tensor.is_nested:
+                return "torch"
     return "reference" if needs_reference() else "kernel"
 
 
-def explain_route(tensors: Iterable[Tensor | None]) -> str:
+def explain_route(tensors: Sequence[Tensor | None]) -> str:
     """The decision of route() in a sentence.
 
     Args:
         tensors: as for route().
     """
-    tensors = list(tensors)
     rung = route(tensors)
     if rung == "kernel":
         return f"kernel: fastrnn's own, {_C.isa()}"
@@ -84,7 +83,7 @@ def explain_route(tensors: Iterable[Tensor | None]) -> str:
     return f"torch: torch.nn's own forward, because {_refusal(tensors)}"
 
 
-def _refusal(tensors: list[Tensor | None]) -> str:
+def _refusal(tensors: Sequence[Tensor | None]) -> str:
     """Why route() says "torch"."""
     if _C is None:
         return f"the extension is not loaded: {extension.reason}"
@@ -109,56 +108,12 @@ def _refusal(tensors: list[Tensor | None]) -> str:
     return f"a tensor is {odd.pop()}" if odd else f"the tensors mix {' and '.join(sorted(map(str, dtypes)))}"
 
 
-def _save(ctx: Any, arguments: Sequence[Any], outputs: tuple[Tensor, ...], results: int, *options: bool) -> Any:
-    """Keeps what backward() needs: the tensors, batch_sizes, y and the buffers. Returns y and the final states."""
-    ctx.save_for_backward(*arguments, outputs[0], *outputs[results:])
-    ctx.set_materialize_grads(False)
-    ctx.options, ctx.saved, ctx.direct, ctx.extended = options, True, True, False
-    return outputs[:results]
-
-
-class _LstmLayer(torch.autograd.Function):
-    """The eager door with gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = _C.lstm_layer(*arguments[:13], None, arguments[13], None, None, None, None, None, None, True)
-        return _save(ctx, arguments, outputs, 3)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(LSTM, ctx, gradients), None
-
-
-class _GruLayer(torch.autograd.Function):
-    """The eager door with gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        outputs = _C.gru_layer(*arguments[:10], None, arguments[10], None, None, None, None, True)
-        return _save(ctx, arguments, outputs, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(GRU, ctx, gradients), None
-
-
-class _RnnLayer(torch.autograd.Function):
-    """The eager door with gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, relu = arguments
-        outputs = _C.rnn_layer(*tensors[:10], None, tensors[10], None, None, None, None, relu, True)
-        return _save(ctx, tensors, outputs, 2, relu)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(RNN, ctx, gradients), None, None
-
-
 def _other_door(
-    operator: Operator, tensors: tuple[Tensor | None, ...], batch_sizes: Tensor | None, *options: bool
+    operator: Operator,
+    tensors: tuple[Tensor | None, ...],
+    batch_sizes: Tensor | None,
+    *options: bool,
+    recompute: bool = False,
 ) -> Any:
     """The reference under forward-mode AD or without the extension; else the operator, for torch.func, a compiler or a
     mode. While torch.onnx exports, ONNX's own operator."""
@@ -166,7 +121,8 @@ def _other_door(
         return onnx_export.layer(operator, tensors, batch_sizes, options)
     if _C is None or needs_reference():
         return operator.reference(*tensors, batch_sizes, *options)
-    save = is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    wanted = is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    save = wanted and not recompute
     arguments = (*tensors, *operator.extras(batch_sizes), *options, save)
     if _functorch_active() and not is_compiling():
         if only_vmap_active():
@@ -196,6 +152,8 @@ def lstm_layer(
     b_hh_reverse: Tensor | None,
     w_hr_reverse: Tensor | None,
     batch_sizes: Tensor | None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer with its directions, for tensors that route() did not send to torch.
 
@@ -205,6 +163,7 @@ def lstm_layer(
         c0: [D, B, H].
         w_ih: [4*H, I]; w_hh: [4*H, R]; b_ih, b_hh: [4*H] or None; w_hr: [P, H] or None; likewise _reverse, or None.
         batch_sizes: CPU int64 [T], or None.
+        recompute: keep nothing for the backward, which runs the forward once more.
     Returns:
         y: [T, B, D*R] or [N, D*R]. h_n: [D, B, R]. c_n: [D, B, H].
     """
@@ -213,14 +172,16 @@ def lstm_layer(
         return _other_door(
             LSTM, (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
                    w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse), batch_sizes,
+            recompute=recompute,
         )
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, c0, b_ih, b_hh, w_hr,
         w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
     ):
-        return _LstmLayer.apply(  # type: ignore[no-untyped-call]
+        return _C.lstm_layer_with_gradient(
             x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
-            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse, batch_sizes,
+            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse,
+            None, batch_sizes, None, None, None, None, None, None, not recompute,
         )
     return _C.lstm_layer(
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
@@ -242,6 +203,8 @@ def gru_layer(
     b_ih_reverse: Tensor | None,
     b_hh_reverse: Tensor | None,
     batch_sizes: Tensor | None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One GRU layer with its directions, for tensors that route() did not send to torch.
 
@@ -250,6 +213,7 @@ def gru_layer(
         h0: [D, B, H].
         w_ih: [3*H, I]; w_hh: [3*H, H]; b_ih, b_hh: [3*H] or None; likewise _reverse, or None.
         batch_sizes: CPU int64 [T], or None.
+        recompute: keep nothing for the backward, which runs the forward once more.
     Returns:
         y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
     """
@@ -258,13 +222,14 @@ def gru_layer(
         return _other_door(
             GRU, (x, h0, w_ih, w_hh, b_ih, b_hh,
                   w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes,
+            recompute=recompute,
         )
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _GruLayer.apply(  # type: ignore[no-untyped-call]
-            x, h0, w_ih, w_hh, b_ih, b_hh,
-            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes,
+        return _C.gru_layer_with_gradient(
+            x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+            None, batch_sizes, None, None, None, None, not recompute,
         )
     return _C.gru_layer(
         x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
@@ -286,6 +251,8 @@ def rnn_layer(
     b_hh_reverse: Tensor | None,
     batch_sizes: Tensor | None,
     relu: bool,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One Elman RNN layer with its directions, for tensors that route() did not send to torch.
 
@@ -295,6 +262,7 @@ def rnn_layer(
         w_ih: [H, I]; w_hh: [H, H]; b_ih, b_hh: [H] or None; likewise _reverse, or None.
         batch_sizes: CPU int64 [T], or None.
         relu: max(0, .) instead of tanh.
+        recompute: keep nothing for the backward, which runs the forward once more.
     Returns:
         y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
     """
@@ -303,13 +271,14 @@ def rnn_layer(
         return _other_door(
             RNN, (x, h0, w_ih, w_hh, b_ih, b_hh,
                   w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes, relu,
+            recompute=recompute,
         )
     if is_grad_enabled() and _any_requires_grad(
         w_ih, w_hh, x, h0, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
     ):
-        return _RnnLayer.apply(  # type: ignore[no-untyped-call]
-            x, h0, w_ih, w_hh, b_ih, b_hh,
-            w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, batch_sizes, relu,
+        return _C.rnn_layer_with_gradient(
+            x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,
+            None, batch_sizes, None, None, None, None, relu, not recompute,
         )
     return _C.rnn_layer(
         x, h0, w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse,

@@ -7,14 +7,24 @@ take, and what is wrong, goes to torch.nn's own forward.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import autograd
-from .modules import States, Weights, read_weights
+from .modules import States, Weights, read_weights, refuse_recording
 from .scripting import scriptable
 from .stock import HasStock
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _short_way(cell: nn.RNNCellBase, gates: int, input: Tensor, hx: Any) -> Any:
+    """The whole call in csrc/module_call.cpp; None if the call is not an ordinary one."""
+    if is_compiling() or autograd._C is None:
+        return None
+    return autograd._C.cell_call(cell.__dict__, gates, input, hx)
 
 
 def _layer_arguments(
@@ -25,6 +35,7 @@ def _layer_arguments(
     None if the kernels do not take them; torch.nn's forward then computes, or says what is wrong.
     """
     weights = read_weights(cell, _NAMES)
+    refuse_recording(cell, [x, *states, *weights])
     if weights[0] is None or weights[1] is None or autograd.route([x, *states, *weights]) == "torch":
         return None
     units = cell.hidden_size
@@ -73,11 +84,15 @@ class LSTMCell(HasStock, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: input [B, I] or [I], hx the pair (h, c) of [B, H] or [H], zeros if None; returns (h', c')."""
+        output: tuple[Tensor, Tensor] | None = _short_way(self, 4, input, hx)
+        if output is not None:
+            return output
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             arguments = _layer_arguments(self, input, () if hx is None else tuple(hx), 2)
             if arguments is not None:
                 x, states, weights = arguments
-                _, h, c = autograd.lstm_layer(x, *states, *weights, None, None, None, None, None, None, None)  # type: ignore[call-arg]
+                layer: Any = (x, *states, *weights, *(None,) * 7)
+                _, h, c = autograd.lstm_layer(*layer)
                 return _one_step(input, h), _one_step(input, c)
         return super().forward(input, hx)
 
@@ -100,11 +115,15 @@ class GRUCell(HasStock, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        output: Tensor | None = _short_way(self, 3, input, hx)
+        if output is not None:
+            return output
         arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
         if arguments is None:
             return super().forward(input, hx)
         x, states, weights = arguments
-        _, h = autograd.gru_layer(x, *states, *weights, None, None, None, None, None)  # type: ignore[call-arg]
+        layer: Any = (x, *states, *weights, *(None,) * 5)
+        _, h = autograd.gru_layer(*layer)
         return _one_step(input, h)
 
 
@@ -127,11 +146,15 @@ class RNNCell(HasStock, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        output: Tensor | None = _short_way(self, 1, input, hx)
+        if output is not None:
+            return output
         if self.nonlinearity in ("tanh", "relu"):
             arguments = _layer_arguments(self, input, () if hx is None else (hx,), 1)
             if arguments is not None:
                 x, states, weights = arguments
                 relu = self.nonlinearity == "relu"
-                _, h = autograd.rnn_layer(x, *states, *weights, None, None, None, None, None, relu)  # type: ignore[call-arg, arg-type]
+                layer: Any = (x, *states, *weights, *(None,) * 5, relu)
+                _, h = autograd.rnn_layer(*layer)
                 return _one_step(input, h)
         return super().forward(input, hx)

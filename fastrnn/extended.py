@@ -16,38 +16,32 @@ from torch.compiler import is_compiling
 
 from . import autograd, extension
 from .extras import Extras
-from .operators import Operator, backward, extended_needs_reference, transforms_active
+from .operators import Operator, extended_backward, extended_needs_reference, transforms_active
 
 _C: Any = extension.module
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class _ExtendedLayer(torch.autograd.Function):
-    """The eager door with gradient: apply(operator, *tensors, *extras, *options) gives y, the final states and, for an
-    LSTM, c at every step."""
+    """The eager door with gradient: apply(operator, keep, all_cells, *tensors, *extras, *options) gives y, the final
+    states and, for an LSTM, c at every step. keep: what the backward needs, which otherwise runs the forward once more;
+    c at every step is then empty unless all_cells asks for it."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, operator: Operator, keep: bool, all_cells: bool, *arguments: Any) -> tuple[Tensor, ...]:
         given = len(arguments) - operator.options
-        outputs = getattr(_C, operator.name)(*arguments, True)
-        ctx.save_for_backward(*arguments[:given], outputs[0], *outputs[operator.results :])
+        outputs = getattr(_C, operator.name)(*arguments, keep or all_cells)
+        found = (outputs[0], *outputs[operator.results :])
+        ctx.save_for_backward(*arguments[:given], *(found if keep else (None,) * len(found)))
         ctx.set_materialize_grads(False)
         ctx.operator, ctx.options = operator, arguments[given:]
-        ctx.saved, ctx.direct, ctx.extended = True, True, True
         return *outputs[: operator.results], *outputs[operator.results + 1 :]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        operator = ctx.operator
-        return None, *backward(operator, _Arguments(ctx), gradients), *(None,) * operator.options
-
-
-class _Arguments:
-    """A context as backward() reads it, without the operator among the inputs."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.saved_tensors, self.needs_input_grad = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        self.options, self.saved, self.direct, self.extended = ctx.options, ctx.saved, ctx.direct, ctx.extended
+        operator, saved, needed = ctx.operator, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        found = extended_backward(operator, saved, ctx.options, gradients, needed, direct=True)
+        return None, None, None, *found, *(None,) * operator.options
 
 
 def layer(
@@ -57,6 +51,7 @@ def layer(
     extras: Extras,
     options: Sequence[bool] = (),
     all_cells: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """One layer with its directions, on whatever rung fits the tensors.
 
@@ -67,6 +62,7 @@ def layer(
         extras: see Extras; checked by the caller as far as shapes go.
         options: of the operator.
         all_cells: whether c at every step is wanted, of an LSTM.
+        recompute: keep nothing for the backward, which runs the forward once more.
     Returns:
         y, the final states and, if all_cells, c at every step: [D, T*B, H] or [D, N, H] in x's dtype.
     """
@@ -78,11 +74,11 @@ def layer(
         return found if all_cells else found[:results]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *extras[2:4]))
     if is_compiling() or _dispatch_modes() or transforms_active():
-        outputs = operator.overload(*tensors, *arguments, *options, recorded or all_cells)
+        outputs = operator.overload(*tensors, *arguments, *options, (recorded and not recompute) or all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
     elif recorded:
         found = _ExtendedLayer.apply(  # type: ignore[no-untyped-call]
-            operator, *tensors, *arguments, *options
+            operator, not recompute, all_cells, *tensors, *arguments, *options
         )
     else:
         outputs = getattr(_C, operator.name)(*tensors, *arguments, *options, all_cells)

@@ -33,6 +33,7 @@ def lstm(
     zoneout_h: Tensor | None = None,
     zoneout_c: Tensor | None = None,
     return_all_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Any, ...]:
     """One LSTM layer over a whole sequence.
 
@@ -54,6 +55,7 @@ def lstm(
             training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
         zoneout_c: the same for c, [T, B, D*H] or [N, D*H].
         return_all_states: whether the states at every step are returned, too.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*R] or [N, D*R], h at every step. state: (h, c) after the last step, h [D, B, R], c [D, B, H].
         With return_all_states also (h, c) at every step: y, and c [T, B, D*H] or [N, D*H].
@@ -80,12 +82,13 @@ def lstm(
         zoneouts = (zoneout_h, zoneout_c)
         extras = extended.given("lstm", x, states, batch_sizes, lengths, reset, reset_state, h_mask, zoneouts)
         tensors = (x, *states, *directions[0], *directions[1])
-        y, h, c, *cells = extended.layer(operators.LSTM, tensors, batch_sizes, extras, (), return_all_states)
+        y, h, c, *cells = extended.layer(operators.LSTM, tensors, batch_sizes, extras, (), return_all_states, recompute)
         return (y, (h, c), (y, extended.side_by_side(cells[0], y))) if return_all_states else (y, (h, c))
     if rung == "torch":
         y, h, c = _stock(torch.lstm, x, states, directions, batch_sizes)
     else:
-        y, h, c = autograd.lstm_layer(x, *states, *directions[0], *directions[1], batch_sizes)  # type: ignore[call-arg]
+        arguments: Any = (x, *states, *directions[0], *directions[1], batch_sizes)
+        y, h, c = autograd.lstm_layer(*arguments, recompute=recompute)
     return y, (h, c)
 
 
@@ -102,6 +105,7 @@ def gru(
     h_mask: Tensor | None = None,
     zoneout_h: Tensor | None = None,
     return_all_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Any, ...]:
     """One GRU layer over a whole sequence.
 
@@ -121,6 +125,7 @@ def gru(
         zoneout_h: [T, B, D*H] or [N, D*H], how much of h before a step stays, from 0 to 1: 0 and 1 drawn at random in
             training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
         return_all_states: whether the states at every step are returned, too.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
         With return_all_states also h at every step, which is y.
@@ -139,11 +144,12 @@ def gru(
     if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
         extras = extended.given("gru", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
         tensors = (x, *states, *directions[0], *directions[1])
-        y, h = extended.layer(operators.GRU, tensors, batch_sizes, extras, ())
+        y, h = extended.layer(operators.GRU, tensors, batch_sizes, extras, (), recompute=recompute)
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.gru, x, states[0], directions, batch_sizes)
-    return autograd.gru_layer(x, *states, *directions[0], *directions[1], batch_sizes)  # type: ignore[call-arg]
+    arguments: Any = (x, *states, *directions[0], *directions[1], batch_sizes)
+    return autograd.gru_layer(*arguments, recompute=recompute)
 
 
 def rnn(
@@ -160,6 +166,7 @@ def rnn(
     h_mask: Tensor | None = None,
     zoneout_h: Tensor | None = None,
     return_all_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Any, ...]:
     """One Elman RNN layer over a whole sequence.
 
@@ -180,6 +187,7 @@ def rnn(
         zoneout_h: [T, B, D*H] or [N, D*H], how much of h before a step stays, from 0 to 1: 0 and 1 drawn at random in
             training, their expectation in evaluation. May be expanded. Neither this nor another mask has a gradient.
         return_all_states: whether the states at every step are returned, too.
+        recompute: keep nothing for the backward, which then runs the forward once more; the same bits.
     Returns:
         y: [T, B, D*H] or [N, D*H], h at every step. state: h after the last step, [D, B, H].
         With return_all_states also h at every step, which is y.
@@ -202,12 +210,12 @@ def rnn(
     if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
         extras = extended.given("rnn", x, states, batch_sizes, lengths, reset, reset_state, h_mask, (zoneout_h,))
         tensors = (x, *states, *directions[0], *directions[1])
-        y, h = extended.layer(operators.RNN, tensors, batch_sizes, extras, (relu,))
+        y, h = extended.layer(operators.RNN, tensors, batch_sizes, extras, (relu,), recompute=recompute)
         return (y, h, y) if return_all_states else (y, h)
     if rung == "torch":
         return _stock(torch.rnn_relu if relu else torch.rnn_tanh, x, states[0], directions, batch_sizes)
     arguments: Any = (x, *states, *directions[0], *directions[1], batch_sizes, relu)
-    return autograd.rnn_layer(*arguments)
+    return autograd.rnn_layer(*arguments, recompute=recompute)
 
 
 def _kind(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, sequences
@@ -22,6 +23,12 @@ from .stock import HasStock
 Weights = list[Tensor | None]
 States = tuple[Tensor, ...]
 Device = torch.device | str | int | None
+
+
+_RECORDING = (
+    "fastrnn.prepacked: a call inside the block needs a gradient; use torch.no_grad() or torch.inference_mode(), "
+    "or train outside the block"
+)
 
 
 def read_weights(module: nn.Module, names: Sequence[str]) -> Weights:
@@ -44,6 +51,14 @@ def read_weights(module: nn.Module, names: Sequence[str]) -> Weights:
     return weights
 
 
+def refuse_recording(module: nn.Module, tensors: Sequence[object]) -> None:
+    """Raises if a call that needs a gradient is made inside `with fastrnn.prepacked(module):`."""
+    if is_compiling() or module.__dict__.get("_prepacked") is None or not torch.is_grad_enabled():
+        return
+    if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(_RECORDING)
+
+
 class _Stack(HasStock, nn.RNNBase):
     """The forward pass of a stack of layers. LSTM, GRU and RNN add their operator and the form of their states.
 
@@ -52,6 +67,16 @@ class _Stack(HasStock, nn.RNNBase):
 
     _weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
     _gates = 1
+    recompute = False  # an attribute of the instance only where it was asked for: torch.nn's modules have none
+
+    def _set_recompute(self, recompute: bool) -> None:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"fastrnn.{self._get_name()}: recompute must be a bool, got {type(recompute).__name__}")
+        if recompute:
+            self.recompute = True
+
+    def _refuse_recording(self, tensors: Sequence[object]) -> None:
+        refuse_recording(self, tensors)
 
     # Options for noise, set on an instance where they are not zero: modules pickled before there were any have none.
     zoneout: float | tuple[float, float] = 0.0
@@ -112,7 +137,7 @@ class _Stack(HasStock, nn.RNNBase):
         return layers
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + sequences.noise_repr(self)
+        return super().extra_repr() + sequences.noise_repr(self) + (", recompute=True" if self.recompute else "")
 
     def _flat_weights_count(self, position: int, weight: Tensor) -> bool:
         """Whether torch.nn would take its list `_flat_weights` and not the weight of this name: the weight is the one
@@ -168,6 +193,10 @@ class _Stack(HasStock, nn.RNNBase):
         noisy = self.zoneout or self.recurrent_dropout or self.weight_dropout
         if noisy or return_all_states or not (lengths is reset is reset_state is None):
             return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
+        if not is_compiling() and autograd._C is not None:  # the short way, for ordinary calls: csrc/module_call.cpp
+            output = autograd._C.layer_call(self.__dict__, self._gates, self.recompute, input, hx)
+            if output is not None:
+                return output
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
         else:
@@ -179,6 +208,7 @@ class _Stack(HasStock, nn.RNNBase):
         tensors: Weights = [x, *states]
         for weights in layers:
             tensors += weights
+        refuse_recording(self, tensors)
         if autograd.route(tensors) == "torch":
             return self._torch_forward(input, hx)
 
@@ -326,6 +356,8 @@ class LSTM(_Stack, nn.LSTM):
             evaluation that share of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
+        recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
+            third more time in training, gradients with the same bits.
 
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
         equations, gate order (i f g o) and initial values of torch.nn.LSTM.
@@ -350,14 +382,17 @@ class LSTM(_Stack, nn.LSTM):
         zoneout: tuple[float, float] = (0.0, 0.0),
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
+        self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
-        y, h_n, c_n = autograd.lstm_layer(x, *states, *weights, batch_sizes)  # type: ignore[call-arg]
+        arguments: Any = (x, *states, *weights, batch_sizes)
+        y, h_n, c_n = autograd.lstm_layer(*arguments, recompute=self.recompute)
         return y, (h_n, c_n)
 
     def _split_states(self, hx: Any) -> States | None:
@@ -391,6 +426,8 @@ class GRU(_Stack, nn.GRU):
             of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
+        recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
+            third more time in training, gradients with the same bits.
 
     Source: Cho et al. 2014, in the variant of torch.nn.GRU: gates r z n, and r applied to W_hn h + b_hn.
     """
@@ -412,15 +449,18 @@ class GRU(_Stack, nn.GRU):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
         **refused: object,
     ) -> None:
         # refused: proj_size, to which torch.nn answers with a ValueError of its own
         options = {"device": device, "dtype": dtype, **refused}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **options)
+        self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
-        y, h_n = autograd.gru_layer(x, *states, *weights, batch_sizes)  # type: ignore[call-arg]
+        arguments: Any = (x, *states, *weights, batch_sizes)
+        y, h_n = autograd.gru_layer(*arguments, recompute=self.recompute)
         return y, (h_n,)
 
 
@@ -442,6 +482,8 @@ class RNN(_Stack, nn.RNN):
             of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
+        recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
+            third more time in training, gradients with the same bits.
 
     Source: Elman 1990; equations of torch.nn.RNN.
     """
@@ -462,6 +504,7 @@ class RNN(_Stack, nn.RNN):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
         **refused: object,
     ) -> None:
         # refused: proj_size, to which torch.nn answers with a ValueError of its own
@@ -469,11 +512,12 @@ class RNN(_Stack, nn.RNN):
         super().__init__(
             input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, **options
         )
+        self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
     def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"fastrnn.{type(self).__name__}: mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         arguments: Any = (x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")
-        y, h_n = autograd.rnn_layer(*arguments)
+        y, h_n = autograd.rnn_layer(*arguments, recompute=self.recompute)
         return y, (h_n,)

@@ -69,7 +69,8 @@ def layer(
 
 def refuse_operator(name: str) -> None:
     """For the fake kernels: while torch.onnx exports none of fastrnn's own operators may enter a graph, since ONNX has
-    none of them. It comes to that only if layer() was not asked, or refused and torch.onnx tries another way.
+    none of them. It comes to that only if layer() was not asked, as by extended.py, or refused and torch.onnx tries
+    another way.
 
     Raises:
         NotImplementedError: torch.onnx exports.
@@ -77,8 +78,9 @@ def refuse_operator(name: str) -> None:
     exporter = sys.modules.get("torch.onnx")  # that import takes 45 ms, and nobody exports before it
     if exporter is not None and exporter.is_in_onnx_export():
         raise NotImplementedError(
-            f"fastrnn.{name}: ONNX has no such operator. {_NO_PROJECTION}. Anything else can: give torch.onnx.export "
-            "the module, not a program that torch.export has made of it"
+            f"fastrnn.{name}: ONNX has no such operator. {_NO_PROJECTION}, nor can a call with lengths, reset or "
+            "return_all_states, or a module with zoneout, recurrent or weight dropout. Anything else can: give "
+            "torch.onnx.export the module, not a program that torch.export has made of it"
         )
 
 

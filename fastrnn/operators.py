@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What PyTorch must know of the operators torch.ops.fastrnn.*: derivatives, shapes of the results, batching.
 
-Importing it registers all three; autograd.py does so and shares backward() with its own door. Schemas and kernels are
-csrc/ops.cpp's.
+Importing it registers all three; autograd.py does so. The eager door has its derivative in csrc/derivative.cpp, which
+comes here where a backward is not plain. Schemas and kernels are csrc/ops.cpp's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from .batching import Dims, batched, forward_mode_active, only_vmap_active
 from .extras import Extras, reference_layer
 from .gradients import LayerGradients, reference_gradients
 
-_functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
 _is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -116,102 +115,153 @@ GRU = Operator("gru_layer", gates=3, tensors=10, results=2, buffers=1, after_bat
 RNN = Operator("rnn_layer", gates=1, tensors=10, results=2, buffers=0, after_batch_sizes=4, options=1,
                input_gates=None, recurrent_gates=None, reference=reference.rnn_layer)
 # fmt: on
+_BY_NAME = {operator.name: operator for operator in (LSTM, GRU, RNN)}
 
 
 def backward(
-    operator: Operator, ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
+    operator: Operator,
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    options: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    transformed: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of an operator's tensors, given those of y and the final states; every door ends here.
+    """The gradients of an operator's tensors, given those of y and the final states.
 
-    ctx.saved_tensors holds the tensors, batch_sizes (all extras if ctx.extended), y and the buffers; ctx.options the
-    operator's options; ctx.saved whether the forward filled the buffers; ctx.direct whether it went past the
-    dispatcher. If ctx.extended, the gradients may have that of c at every step behind them, and the result goes on with
-    the gradients of the extras.
-    transformed: recorded by torch.func, which differentiates every gradient as if it were needed again.
+    Args:
+        operator: whose.
+        tensors: its differentiable arguments.
+        kept: batch_sizes, y and the buffers. Where the forward kept nothing, y is None, or the buffers are empty.
+        options: its options.
+        gradients: of y and the final states, None for zero.
+        wanted: which of the tensors need one.
+        transformed: recorded by torch.func, which differentiates every gradient as if it were needed again.
     """
-    if ctx.extended:
-        return _extended_backward(operator, ctx, gradients)
     count = operator.tensors
-    saved = ctx.saved_tensors  # read once: under checkpointing each read unpacks again
-    tensors, (batch_sizes, y, *buffers) = saved[:count], saved[count:]
-    wanted = ctx.needs_input_grad[:count]
-    undefined, direct = True, ctx.direct and not is_compiling() and not _dispatch_modes()
-    for gradient in gradients:
-        if gradient is not None:
-            undefined = False
-            # is_grads_batched hands over several gradients in one wrapper, which the dispatcher unrolls
-            if direct and (type(gradient) is not Tensor or _is_legacy_batchedtensor(gradient)):
-                direct = False
-    if undefined:
+    if all(gradient is None for gradient in gradients):
         return (None,) * count
+    batch_sizes, y, *buffers = kept
     if operator.results == 3 and gradients[0] is None and gradients[1] is None:
         wanted = _without_projection(tensors, batch_sizes, wanted)
     functorch, reference = _functorch_active(), needs_reference()
     if functorch and reference:  # forward over reverse, by torch.func
         given = (*gradients, *tensors)
-        pulled = iter(reference_gradients(operator, wanted, batch_sizes, ctx.options, given))
+        pulled = iter(reference_gradients(operator, wanted, batch_sizes, options, given))
         return tuple([next(pulled) if want else None for want in wanted])
     transformed = (transformed or functorch) and not reference
     if not transformed and (reference or torch.is_grad_enabled()):  # create_graph; forward over reverse
 
         def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
-            return operator.reference(*entries, batch_sizes, *ctx.options)
+            return operator.reference(*entries, batch_sizes, *options)
 
         return _differentiable_backward(again, tensors, gradients, wanted)
 
     extras = operator.extras(batch_sizes)
-    if not ctx.saved:  # called with save=False although a gradient was needed: run it once more
+    buffers = buffers[: operator.buffers]
+    if y is None or _are_empty(buffers):  # not kept: run the forward once more
         with torch.no_grad():
-            buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+            outputs = operator.overload(*tensors, *extras, *options, True)
+        y, buffers = outputs[0], [*outputs[operator.results :]]
     if transformed:
         found = LayerGradients.apply(  # type: ignore[no-untyped-call]
-            operator, None, tuple(wanted), batch_sizes, tuple(ctx.options), *gradients, *tensors, y, *buffers
+            operator, None, tuple(wanted), batch_sizes, tuple(options), *gradients, *tensors, y, *buffers
         )
         return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=True)])
     needs = 0
     for position, want in enumerate(wanted):
         if want:
             needs |= 1 << position
-    run = getattr(extension.module, operator.backward_name) if direct else operator.backward_overload
+    run = operator.backward_overload
     d_cells = (None,) * (operator.results - 2)
-    found = run(*gradients, *tensors, *extras, y, *buffers, *ctx.options, needs, *d_cells)
+    found = run(*gradients, *tensors, *extras, y, *buffers, *options, needs, *d_cells)
     return tuple([gradient if want else None for gradient, want in zip(found, wanted, strict=False)])
 
 
-def _extended_backward(operator: Operator, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """backward() of a call with extras, of which reset_h and reset_c are differentiable."""
+def _are_empty(buffers: Sequence[Tensor | None]) -> bool:
+    """Whether the forward was told to fill none of them."""
+    return any(buffer is not None and buffer.shape == (0,) for buffer in buffers)
+
+
+def extended_backward(
+    operator: Operator,
+    saved: Sequence[Tensor | None],
+    options: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    direct: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's tensors and extras, of which reset_h and reset_c are differentiable.
+
+    Args:
+        operator: whose.
+        saved: its differentiable arguments, all extras, y and the buffers. Where the forward kept nothing, y is None,
+            or the buffers are empty.
+        options: its options.
+        gradients: of y, the final states and, of an LSTM, c at every step; None for zero.
+        needed: which of the tensors and extras need one.
+        direct: whether the forward went past the dispatcher.
+    """
     count, given, states = operator.tensors, 2 + operator.after_batch_sizes, operator.results - 1
-    saved = ctx.saved_tensors
     tensors, extras, (y, *buffers) = saved[:count], saved[count : count + given], saved[count + given :]
-    if not ctx.saved:
+    empty = _are_empty(buffers)
+    if empty:
         gradients = gradients[: operator.results]  # c at every step was not a result
     first = 3  # reset_h: after lengths, batch_sizes and reset
-    wanted = (*ctx.needs_input_grad[:count], *ctx.needs_input_grad[count + first : count + first + states])
+    wanted = (*needed[:count], *needed[count + first : count + first + states])
     if all(gradient is None for gradient in gradients):
         found: Sequence[Tensor | None] = (None,) * len(wanted)
     elif torch.is_grad_enabled() or transforms_active():
 
         def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
             changed = (*extras[:first], *entries[count:], *extras[first + states :])
-            return operator.extended_reference(entries[:count], changed, ctx.options)
+            return operator.extended_reference(entries[:count], changed, options)
 
         arguments = (*tensors, *extras[first : first + states])
         found = _differentiable_backward(again, arguments, gradients, wanted)
     else:
-        if not ctx.saved:
-            buffers = operator.overload(*tensors, *extras, *ctx.options, True)[operator.results :]
+        if y is None or empty:  # not kept: run the forward once more
+            outputs = operator.overload(*tensors, *extras, *options, True)
+            y, buffers = outputs[0], [*outputs[operator.results :]]
         needs = sum(1 << position for position, want in enumerate(wanted) if want)
         of_cells = gradients[operator.results :] if states == 2 else ()
         plain = all(g is None or (type(g) is Tensor and not _is_legacy_batchedtensor(g)) for g in gradients)
-        direct = plain and ctx.direct and not is_compiling() and not _dispatch_modes()
+        direct = direct and plain and not is_compiling() and not _dispatch_modes()
         name = operator.backward_name
         run = getattr(extension.module, name) if direct else getattr(torch.ops.fastrnn, name).default
         if direct and states == 2 and not of_cells:
             of_cells = (None,)
-        found = run(*gradients[: operator.results], *tensors, *extras, y, *buffers, *ctx.options, needs, *of_cells)
+        found = run(*gradients[: operator.results], *tensors, *extras, y, *buffers, *options, needs, *of_cells)
         found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    rest = given - first - states
-    return *found[:count], *(None,) * first, *found[count:], *(None,) * rest
+    rest_count = given - first - states
+    return *found[:count], *(None,) * first, *found[count:], *(None,) * rest_count
+
+
+def continue_backward(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    relu: bool,
+    step: bool,
+) -> tuple[Tensor | None, ...]:
+    """The backward of the eager door where it is not plain; csrc/derivative.cpp calls it.
+
+    Args:
+        name: of the operator.
+        tensors, kept, gradients, wanted: as for backward().
+        relu: the option of rnn_layer.
+        step: x is [B, I], the states are [B, R] as a cell has them, and there is no gradient of y.
+    """
+    operator = _BY_NAME[name]
+    options, results = (relu,) * operator.options, operator.results
+    if not step:
+        return backward(operator, tensors, kept, options, gradients, wanted)
+    inputs = [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors[:results]]
+    cotangents = [None, *(None if gradient is None else gradient.unsqueeze(0) for gradient in gradients)]
+    found = backward(operator, [*inputs, *tensors[results:]], kept, options, cotangents, wanted)
+    return *(None if gradient is None else gradient.squeeze(0) for gradient in found[:results]), *found[results:]
 
 
 def _differentiable_backward(
@@ -265,16 +315,17 @@ def keep(operator: Operator, ctx: Any, arguments: Sequence[Any], output: tuple[T
     ctx.mark_non_differentiable(*buffers)
     ctx.set_materialize_grads(False)
     ctx.operator, ctx.options = operator, operator.options_of(arguments)
-    ctx.saved, ctx.direct, ctx.extended = arguments[-1], False, False
 
 
 def backward_of_all(
     ctx: Any, gradients: Sequence[Tensor | None], transformed: bool = False
 ) -> tuple[Tensor | None, ...]:
     """backward() for what keep() kept: a gradient, or None, for each argument in the schema."""
-    operator = ctx.operator
-    undifferentiated = (None,) * (2 + operator.after_batch_sizes + operator.options + 1)
-    return *backward(operator, ctx, gradients[: operator.results], transformed), *undifferentiated
+    operator, saved = ctx.operator, ctx.saved_tensors  # read once: under checkpointing each read unpacks again
+    count, cotangents = operator.tensors, gradients[: operator.results]
+    wanted = ctx.needs_input_grad[:count]
+    found = backward(operator, saved[:count], saved[count:], ctx.options, cotangents, wanted, transformed)
+    return *found, *(None,) * (2 + operator.after_batch_sizes + operator.options + 1)
 
 
 class _Recorded(torch.autograd.Function):
@@ -287,23 +338,23 @@ class _Recorded(torch.autograd.Function):
         ctx.save_for_backward(*arguments[: operator.given], output[0], *output[operator.results :])
         ctx.mark_non_differentiable(*output[operator.results :][:1])  # gates; cells, c at every step, have a gradient
         ctx.set_materialize_grads(False)
-        ctx.operator, ctx.options, ctx.saved = operator, operator.options_of(arguments), arguments[-1]
+        ctx.operator, ctx.options = operator, operator.options_of(arguments)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        operator = ctx.operator
+        operator, options = ctx.operator, ctx.options
         saved, of_cells = ctx.saved_tensors, gradients[operator.results + 1 :]
-        extras = saved[operator.tensors : operator.given]
-        # The same for backward(), which is asked for what it has to do: extras cost it the transforms of torch.func.
-        call = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, options=ctx.options)
-        call.saved, call.direct = ctx.saved, False
-        call.extended = of_cells != (None,) * len(of_cells) or operator.has_extras(extras)
-        if call.extended:
-            found = backward(operator, call, (*gradients[: operator.results], *of_cells))
+        count, extras = operator.tensors, saved[operator.tensors : operator.given]
+        cotangents = gradients[: operator.results]
+        # Where it does, backward() has the answer, which torch.func can transform.
+        if any(gradient is not None for gradient in of_cells) or operator.has_extras(extras):
+            needed = ctx.needs_input_grad[: operator.given]
+            found = extended_backward(operator, saved, options, (*cotangents, *of_cells), needed, direct=False)
         else:
-            call.saved_tensors = (*saved[: operator.tensors], extras[1], *saved[operator.given :])
-            found = (*backward(operator, call, gradients[: operator.results]), *(None,) * len(extras))
+            kept = (extras[1], *saved[operator.given :])
+            found = backward(operator, saved[:count], kept, options, cotangents, ctx.needs_input_grad[:count])
+            found = (*found, *(None,) * len(extras))
         return *found, *(None,) * (operator.options + 1), None, None
 
 

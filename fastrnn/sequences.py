@@ -118,6 +118,7 @@ def forward(
     elif reset_state is not None:
         raise ValueError(f"fastrnn.{name}: reset_state is given without reset")
 
+    module._refuse_recording((x, *states, *(resets or ()), *module.parameters()))
     y, finals, every_h, every_c = _stack(module, x, states, batch_sizes, lengths, reset, resets, return_all_states)
     if unsorted_indices is not None:
         finals = [state.index_select(1, unsorted_indices) for state in finals]
@@ -198,7 +199,9 @@ def _stack(
         if noisy:
             masks = _masks(module, x, firsts)
         extras = Extras(lengths, reset, *others, *(None,) * (2 - len(others)), *masks)
-        found = extended.layer(operator, (x, *firsts, *weights), batch_sizes, extras, options, keep_cells)
+        found = extended.layer(
+            operator, (x, *firsts, *weights), batch_sizes, extras, options, keep_cells, module.recompute
+        )
         x = found[0]
         finals.append(found[1 : 1 + len(states)])
         if all_states:

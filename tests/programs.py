@@ -273,6 +273,7 @@ def call_inside_a_parallel_region() -> None:
 
 def interrupted_during_and_after_calls() -> None:
     """Ctrl-C: KeyboardInterrupt rises when the call is done, and the next call is right."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     torch.set_num_threads(2)
     extension.module.force_split("units")
     module, x = a_module(), an_input(T=400)

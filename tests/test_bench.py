@@ -22,7 +22,7 @@ SMALL = Shape("small", 5, 3, 4, 6, "test", passes=("inference", "training", "pac
 BOTH_WAYS = dataclasses.replace(SMALL, name="both-ways", D=2)
 DEEP = dataclasses.replace(SMALL, name="deep", D=2, L=2)
 PROJECTED = dataclasses.replace(SMALL, name="projected", P=2, cells=("lstm",))
-STEP = Shape("step", 1, 2, 4, 6, "test", passes=("call", "call-training", "cell"))
+STEP = Shape("step", 1, 2, 4, 6, "test", passes=("call", "prepacked-call", "call-training", "cell"))
 
 
 def test_shapes_have_unique_names_and_sources():
@@ -79,8 +79,9 @@ def test_ragged_problem_has_lengths_between_a_quarter_and_all():
         (BOTH_WAYS, "packed-inference"),
         (BOTH_WAYS, "lengths-inference"),
         (STEP, "call"),
+        (STEP, "prepacked-call"),
     ],
-    ids=["plain", "both-ways", "two-layers-both-ways", "packed", "lengths", "one-step-from-a-state"],
+    ids=["plain", "both-ways", "two-layers-both-ways", "packed", "lengths", "one-step-from-a-state", "prepacked"],
 )
 @pytest.mark.parametrize("cell", GATES)
 def test_onnx_runtime_computes_what_torch_does(cell, shape, pass_):
@@ -319,7 +320,7 @@ def test_command_measures_and_writes(quick_command, tmp_path, capsys):
     assert quick_command(options) == 0
     result = json.loads(output.read_text())
     assert result["complete"]
-    assert [row["pass"] for row in result["rows"]] == ["call", "call-training", "cell"]
+    assert [row["pass"] for row in result["rows"]] == ["call", "prepacked-call", "call-training", "cell"]
     assert {"commit", "machine", "isa", "threads", "dtype", "source", "ratio", "accuracy"} <= result["rows"][0].keys()
     assert "call-h64-b1" in table.read_text()
     assert quick_command(["--from", str(output)]) == 0

@@ -53,7 +53,8 @@ def test_signature_names_every_argument_in_torchs_order(name, expected):
     kinds = inspect.Parameter
     assert [n for n, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD] == expected.split()
     own = {n for n, p in parameters.items() if p.kind is kinds.KEYWORD_ONLY}
-    assert own == (set() if name.endswith("Cell") else {"zoneout", "recurrent_dropout", "weight_dropout"})
+    ours = {"zoneout", "recurrent_dropout", "weight_dropout", "recompute"}
+    assert own == (ours if name in LAYERS else set())
 
 
 @pytest.mark.parametrize(

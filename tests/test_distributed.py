@@ -118,7 +118,14 @@ def work(rank: int, folder: Path) -> None:
         rungs.append(route(tensors))
         return rungs[-1]
 
-    autograd.route = recorded
+    layer_call = autograd._C.layer_call
+
+    def recorded_call(*arguments: object) -> object:  # the short way, which asks for no rung
+        output = layer_call(*arguments)
+        rungs.extend([] if output is None else ["kernel"])
+        return output
+
+    autograd.route, autograd._C.layer_call = recorded, recorded_call
     group = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=RANKS)
     share = B // RANKS

@@ -40,7 +40,11 @@ def test_check_passes_and_finds_a_wrong_kernel(
     assert command.main(["check"]) == 0
     assert f"fastrnn check: passed ({compiled.isa()})" in capsys.readouterr().out
     right = getattr(autograd, name)
-    monkeypatch.setattr(autograd, name, lambda *arguments: [result * 1.001 for result in right(*arguments)])
+    for short_way in ("layer_call", "cell_call"):  # every call goes through autograd.py
+        monkeypatch.setattr(autograd._C, short_way, lambda *_: None)
+    monkeypatch.setattr(
+        autograd, name, lambda *arguments, **options: [result * 1.001 for result in right(*arguments, **options)]
+    )
     assert command.main(["check"]) == 1
     out = capsys.readouterr().out
     cell = name.partition("_")[0]

@@ -213,6 +213,15 @@ def test_projection_is_refused_by_name() -> None:
     assert "fastrnn.lstm_layer: ONNX's LSTM has no projection" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("options", [{"zoneout": (0.5, 0.0)}, {"weight_dropout": 0.5}], ids=str)
+def test_what_torch_lacks_is_refused_by_name(options: dict) -> None:
+    with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
+        exported(fastrnn.LSTM(4, 5, **options).eval(), (torch.randn(6, 3, 4),))
+    assert "nor can a call with lengths, reset or return_all_states, or a module with zoneout" in str(
+        caught.value.__cause__
+    )
+
+
 def test_program_of_torch_export_is_refused_with_the_way_out() -> None:
     x = torch.randn(6, 3, 4)
     program = torch.export.export(fastrnn.GRU(4, 5).eval(), (x,))

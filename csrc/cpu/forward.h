@@ -17,8 +17,8 @@ class ForwardSweep {
   static constexpr int L = V::kLanes, G = Cell::kGates;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
-  static constexpr int kPanel = G == 1 ? 4 : 1;  // unit blocks side by side in one panel
-  static constexpr int kBufferRows = 48;         // 12 KiB of sums: in the first-level cache beside a part of a panel
+  static constexpr int kPanel = kForwardPanel<Cell>;
+  static constexpr int kBufferRows = 48;  // 12 KiB of sums: in the first-level cache beside a part of a panel
   static constexpr int64_t kRowBytes = 256 * 1024;
   static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
 
@@ -33,7 +33,7 @@ class ForwardSweep {
         h_row_(padded(r_)),
         c_row_(padded(layer_.H)),
         y_row_(layer_.D * r_),
-        lazy_(task.team.members == 1 || task.team.split_units),
+        lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
         noisy_(direction_.h_mask || layer_.zoneout_h.data || layer_.zoneout_c.data) {
     const int64_t member = task.team.member, members = task.team.members;
     pack_first_ = units_.count * member / members;
@@ -71,6 +71,7 @@ class ForwardSweep {
   static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
 
   void pack() {
+    if (task_.packed) return;
     if (!lazy_) {
       const int64_t first = units_.first(pack_first_) * G * L;
       pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,

@@ -36,7 +36,8 @@ struct ForwardTask {
   Team team;
   const int64_t* first_row;  // [T] rows before step t, sum of batch_sizes; null without them (t*B)
   int64_t chunk_rows;        // rows of input gates computed at a time; at least the rows of one step
-  // Shared by the team, packed here (pack.h); Hp = padded(H), Rp = padded(R), Pp = padded(P).
+  bool packed;               // the weights below came packed (PackedWeights): read, never written
+  // Shared by the team, packed here (pack.h) unless they came packed; Hp = padded(H), Rp = padded(R), Pp = padded(P).
   void* w_ih;  // [Hp*G*I]
   void* w_hh;  // [Hp*G*R]
   void* b_ih;  // [Hp*G]
@@ -99,6 +100,7 @@ struct Kernels {
   void (*forward[4])(const ForwardTask&);    // by Cell
   void (*backward[4])(const BackwardTask&);  // by Cell
   void (*gradients[4])(const GradientTask&);
+  void (*pack[4])(const LayerForward& layer, int direction, const PackedWeights& packed);  // every panel
   void (*activation)(Activation which, const void* x, void* y, int64_t n);
 };
 

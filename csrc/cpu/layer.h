@@ -22,19 +22,33 @@ struct Strided {
 // R = P with a projection, else H (the width of h); N = rows of x and y = T*B, or the packed row count.
 // Every array is contiguous and row-major unless strides are given; elements are float or double.
 
+struct Kernels;
+
+// The weights of one direction as the tile reads them (pack.h), made once by pack_weights() and read by any number of
+// calls. Padded to Hp = padded(H), Rp = padded(R).
+struct PackedWeights {
+  const Kernels* kernels;  // whose layout it is: no other instruction set can read it
+  void* w_ih;              // [Hp*G*I]
+  void* w_hh;              // [Hp*G*R]
+  void* b_ih;              // [Hp*G], zeros without a bias
+  void* b_hh;              // [Hp*G]
+  void* w_hr;              // [Rp*H], with a projection
+};
+
 // What one direction reads and writes in the forward pass.
 struct DirectionForward {
-  const void* w_ih;  // [G*H, I]
-  const void* w_hh;  // [G*H, R]
-  const void* b_ih;  // [G*H] or null
-  const void* b_hh;  // [G*H] or null
-  const void* w_hr;  // [P, H] or null
-  const void* h0;    // [B, R]
-  const void* c0;    // [B, H], LSTM only, else null
-  void* h_n;         // [B, R]
-  void* c_n;         // [B, H], LSTM only, else null
-  void* gates;       // [N, padded(H)/16, saved, 16], written when not null; null for RNN
-  void* cells;       // [N, H], c at every step, written when not null; LSTM only
+  const void* w_ih;             // [G*H, I]
+  const void* w_hh;             // [G*H, R]
+  const void* b_ih;             // [G*H] or null
+  const void* b_hh;             // [G*H] or null
+  const void* w_hr;             // [P, H] or null
+  const PackedWeights* packed;  // read in place of the five above, or null
+  const void* h0;               // [B, R]
+  const void* c0;               // [B, H], LSTM only, else null
+  void* h_n;                    // [B, R]
+  void* c_n;                    // [B, H], LSTM only, else null
+  void* gates;                  // [N, padded(H)/16, saved, 16], written when not null; null for RNN
+  void* cells;                  // [N, H], c at every step, written when not null; LSTM only
   // What replaces the state where `reset` is set, when it is given: one row for all sequences, or with reset_by_row one
   // for each.
   const void* reset_h;  // [B, R] or [R]
@@ -102,7 +116,6 @@ static constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; 
 
 // How one call runs, decided once: the kernels of the instruction set chosen at that moment, the threads, and the
 // scratch that the caller allocates, uninitialised, 64-byte aligned.
-struct Kernels;
 struct Plan {
   const Kernels* kernels;
   int threads;    // of the region
@@ -118,6 +131,11 @@ Plan plan_backward(const LayerBackward& layer, int threads);
 // Runs the layer in one parallel region. Never allocates, never throws.
 void run_forward(const LayerForward& layer, const Plan& plan, void* scratch);
 void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch);
+
+// Packs w_ih, w_hh, b_ih, b_hh and w_hr of a direction for the instruction set chosen now, or for `kernels` if not
+// null. packed_bytes: what its arrays take, 64-byte aligned; pack_weights lays them out in `memory`.
+size_t packed_bytes(const LayerForward& layer);
+PackedWeights pack_weights(const LayerForward& layer, int direction, const Kernels* kernels, void* memory);
 
 // How threads share a layer is chosen by its size; tests force either way, also where it does not pay.
 enum class Split : int { chosen, rows, units };

@@ -4,6 +4,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "layer.h"
+
 namespace fastrnn {
 namespace cpu {
 
@@ -53,6 +55,10 @@ void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panel
   }
 }
 
+// Unit blocks side by side in one panel of the forward sweep: an RNN has one gate, and room for more units.
+template <class Cell>
+constexpr int kForwardPanel = Cell::kGates == 1 ? 4 : 1;
+
 // b [G*H] or null -> [block][gate][lanes], zero past H.
 template <class V, int G>
 void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, int64_t p1, typename V::Scalar* packed) {
@@ -64,6 +70,25 @@ void pack_bias(const typename V::Scalar* b, const Panels& panels, int64_t p0, in
         packed[(block * G + g) * L + lane] = b && unit < panels.n ? b[g * panels.n + unit] : typename V::Scalar(0);
       }
     }
+  }
+}
+
+// All the weights of one direction as the forward sweep reads them, for calls that find them packed.
+template <class Cell, class V>
+void pack_direction(const LayerForward& layer, int d, const PackedWeights& packed) {
+  using Scalar = typename V::Scalar;
+  constexpr int G = Cell::kGates;
+  const auto in = [](const void* p) { return static_cast<const Scalar*>(p); };
+  const auto out = [](void* p) { return static_cast<Scalar*>(p); };
+  const DirectionForward& direction = layer.direction[d];
+  const Panels units(layer.H, V::kLanes, kForwardPanel<Cell>);
+  pack_gates<V, G>(in(direction.w_ih), layer.I, units, 0, units.count, out(packed.w_ih));
+  pack_gates<V, G>(in(direction.w_hh), layer.P ? layer.P : layer.H, units, 0, units.count, out(packed.w_hh));
+  pack_bias<V, G>(in(direction.b_ih), units, 0, units.count, out(packed.b_ih));
+  pack_bias<V, G>(in(direction.b_hh), units, 0, units.count, out(packed.b_hh));
+  if (layer.P) {
+    const Panels panels(layer.P, V::kLanes, 4);
+    pack_gates<V, 1>(in(direction.w_hr), layer.H, panels, 0, panels.count, out(packed.w_hr));
   }
 }
 

@@ -66,6 +66,7 @@ struct Cost {
 // Packing the weights, shared by the members. Threads that share units, and a thread alone, pack where they use and
 // stay in the cache; threads that share rows write the packed weights for each other.
 double packing(const LayerForward& layer, int members, bool split_rows) {
+  if (layer.direction[0].packed) return 0;
   const double weights = static_cast<double>(gates_per_unit(layer.cell) * layer.H) *
                          static_cast<double>((layer.P ? layer.P : layer.H) + layer.I) * static_cast<double>(layer.D);
   return weights * (split_rows && members > 1 ? 0.8 : 0.3) / members;
@@ -220,9 +221,24 @@ void run_region(int threads, const Body& body, const Fewer& fewer) {
   if (!granted) fewer();
 }
 
+PackedWeights room_for_weights(const LayerForward& layer, Scratch& scratch) {
+  const int64_t gates = padded(layer.H) * gates_per_unit(layer.cell), R = width_of_h(layer);
+  PackedWeights room{};
+  room.w_ih = scratch.take(gates * layer.I);
+  room.w_hh = scratch.take(gates * R);
+  room.b_ih = scratch.take(gates);
+  room.b_hh = scratch.take(gates);
+  room.w_hr = scratch.take(layer.P ? padded(R) * layer.H : 0);
+  return room;
+}
+
+void take_weights(const PackedWeights& from, ForwardTask& task) {
+  task.w_ih = from.w_ih, task.w_hh = from.w_hh, task.b_ih = from.b_ih, task.b_hh = from.b_hh, task.w_hr = from.w_hr;
+}
+
 // Lays out tasks of every direction and member; directions that run one after the other share their scratch.
 void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, ForwardTask (*tasks)[kMostThreads]) {
-  const int64_t G = gates_per_unit(layer.cell), Hp = padded(layer.H), R = width_of_h(layer), Rp = padded(R);
+  const int64_t G = gates_per_unit(layer.cell), Hp = padded(layer.H), Rp = padded(width_of_h(layer));
   const int64_t rows = most_rows(layer, plan), chunk = chunk_rows(layer, rows);
   const int64_t* first = first_rows(layer, scratch);
   for (int d = 0; d < layer.D; ++d) {
@@ -230,6 +246,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       for (int member = 0; tasks && member < plan.members; ++member) {
         tasks[1][member] = tasks[0][member];
         tasks[1][member].direction = 1;
+        if (layer.direction[1].packed) take_weights(*layer.direction[1].packed, tasks[1][member]);
       }
       break;
     }
@@ -239,11 +256,9 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
     shared.team = Team{0, plan.members, plan.split_units, deals(layer, plan.members), barrier(scratch)};
     shared.first_row = first;
     shared.chunk_rows = chunk;
-    shared.w_ih = scratch.take(Hp * G * layer.I);
-    shared.w_hh = scratch.take(Hp * G * R);
-    shared.b_ih = scratch.take(Hp * G);
-    shared.b_hh = scratch.take(Hp * G);
-    shared.w_hr = scratch.take(layer.P ? Rp * layer.H : 0);
+    const PackedWeights* const packed = layer.direction[d].packed;
+    shared.packed = packed != nullptr;
+    take_weights(packed ? *packed : room_for_weights(layer, scratch), shared);
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.h[0] = scratch.take(rows * Rp);
@@ -383,6 +398,20 @@ Plan plan_backward(const LayerBackward& layer, int threads) {
 
 void run_forward(const LayerForward& layer, const Plan& plan, void* scratch) { forward_with(layer, plan, scratch); }
 void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch) { backward_with(layer, plan, scratch); }
+
+size_t packed_bytes(const LayerForward& layer) {
+  Scratch counted(nullptr, element(layer));
+  room_for_weights(layer, counted);
+  return counted.used();
+}
+
+PackedWeights pack_weights(const LayerForward& layer, int direction, const Kernels* kernels, void* memory) {
+  Scratch scratch(memory, element(layer));
+  PackedWeights packed = room_for_weights(layer, scratch);
+  packed.kernels = kernels ? kernels : &kernels_for(layer);
+  packed.kernels->pack[static_cast<int>(layer.cell)](layer, direction, packed);
+  return packed;
+}
 
 void force_split(Split split) { forced = split; }
 

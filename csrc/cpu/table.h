@@ -9,6 +9,7 @@
 #include "gradients.h"
 #include "kernels.h"
 #include "math.h"
+#include "pack.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -39,6 +40,7 @@ constexpr Kernels kernels() {
           {forward<Lstm, V>, forward<Gru, V>, forward<Rnn<Tanh>, V>, forward<Rnn<Relu>, V>},
           {backward<Lstm, V>, backward<Gru, V>, backward<Rnn<Tanh>, V>, backward<Rnn<Relu>, V>},
           {gradients<Lstm, V>, gradients<Gru, V>, gradients<Rnn<Tanh>, V>, gradients<Rnn<Relu>, V>},
+          {pack_direction<Lstm, V>, pack_direction<Gru, V>, pack_direction<Rnn<Tanh>, V>, pack_direction<Rnn<Relu>, V>},
           activation<V>};
 }
 
