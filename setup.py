@@ -45,7 +45,8 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"],
 }  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
 # The only files that see torch.
-TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu/layer", "derivative", "module_call", "prepacked")]
+TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "cpu/layer", "derivative", "prepacked")]
+TORCH_SOURCES += [f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")]
 
 
 def sources_with_flags() -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The derivative of the layer operators as a C++ autograd function: 12 us less in a training step of one layer than one
 // in Python (T = 1, B = 1, H = 64; docs/architecture.md has the machine). What is not plain in a backward - grad mode
-// on, a transform, a dispatch mode, a compiler's tensors - goes to operators.continue_backward() in Python.
+// on, a transform, a dispatch mode, a compiler's tensors - goes to derivatives.continue_backward() in Python.
 #include "derivative.h"
 
 #include <ATen/EmptyTensor.h>
@@ -136,7 +136,7 @@ variable_list in_python(const Description& d, at::TensorList saved, const variab
   }
   for (; next < saved.size(); ++next) rest.append(object(saved[next]));
   for (const Tensor& gradient : gradients) cotangents.append(object(gradient));
-  const py::object found = py::module_::import("fastrnn.operators")
+  const py::object found = py::module_::import("fastrnn.derivatives")
                                .attr("continue_backward")(kNames[static_cast<int>(d.cell)], tensors, rest, cotangents,
                                                           wants, d.cell == Cell::rnn_relu, d.recording.step);
   variable_list results;

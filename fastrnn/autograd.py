@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The way to the kernels: which rung of the ladder a call takes, and through which door; called by functional.py,
-modules.py and cells.py. The operators' derivatives and fake kernels are registered in operators.py.
+stack.py and cells.py. What the dispatcher knows of the operators is registered in registration.py.
 
 The ladder: "kernel" for ordinary CPU tensors, also under vmap, grad and vjp of torch.func; "reference" (reference.py)
 under forward-mode AD, for which the operators have no derivative; "torch" (torch.nn's own forward, which the caller
@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from . import extension, onnx_export
+from . import registration as _registration  # noqa: F401  (importing it tells the dispatcher of the operators)
 from .batching import only_vmap_active, through_vmap
 from .operators import GRU, LSTM, RNN, Operator, needs_reference
 from .transforms import TransformedLayer

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """torch.vmap over the layers: one call of the kernel where the weights are shared, one for each member where they are
-not. operators.py registers the rule for torch.ops.fastrnn, transforms.py and gradients.py have it for torch.func.
+not. registration.py registers the rule for torch.ops.fastrnn, transforms.py and gradients.py have it for torch.func.
 
 V members of B rows each are V*B rows of one batch, the members side by side: row b of member v is row b*V + v, padded
 and packed alike. So the rows of one member are as far apart as those of the other, and none has to be copied.

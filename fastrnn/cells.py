@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import autograd
-from .modules import States, Weights, read_weights, refuse_recording
 from .scripting import scriptable
+from .stack import States, Weights, read_weights, refuse_recording
 from .stock import HasStock
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

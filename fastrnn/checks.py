@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What csrc/checks.h checks of an operator's arguments, for tensors without data, in the same words; called by the fake
-kernels of operators.py, so that a mistake shows when a model is compiled or exported and not when it runs.
+kernels of fakes.py, so that a mistake shows when a model is compiled or exported and not when it runs.
 
 Left to the kernels: numbers and dtype of batch_sizes, sizes beyond 2^31, and whether an argument is supported. A
 condition on symbolic sizes becomes a guard or an assertion of the graph.

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import autograd, extension
+from .derivatives import extended_backward
 from .extras import Extras
-from .operators import Operator, extended_backward, extended_needs_reference, transforms_active
+from .operators import Operator, extended_needs_reference, transforms_active
 
 _C: Any = extension.module
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -3,7 +3,7 @@
 
 reference.py has the equations of a step; here stands the loop that sorts out which rows take part, which states are
 replaced, and what of a state stays. Like there, nothing is done in place or depends on dtype, device or class, so that
-the result can be differentiated any number of times and in both modes. Called by operators.py and extended.py.
+the result can be differentiated any number of times and in both modes. Called by operators.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The gradients of a layer as a function that torch.func can transform in turn; operators.backward() calls it while a
+"""The gradients of a layer as a function that torch.func can transform in turn; derivatives.backward() calls it while a
 transform is active.
 
 Under vmap they take one backward sweep over the folded batch, also for gradients of the weights, one set for each

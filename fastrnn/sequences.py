@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A stack of layers with lengths, resets, every state as a result, or noise in the recurrence.
 
-modules.py calls it for the calls that have any of these; what a module calls without them never comes here. Here are
+stack.py calls it for the calls that have any of these; what a module calls without them never comes here. Here are
 also the constructor's options for noise: what they may be, and the masks that they become.
 """
 
@@ -69,7 +69,7 @@ def forward(
     reset_state: Any,
     return_all_states: bool,
 ) -> tuple[Any, ...]:
-    """modules._Stack.forward with what it passes on; see there.
+    """Stack.forward with what it passes on; see there.
 
     Everything is checked here, since torch.nn would not know what to say.
     """
@@ -214,7 +214,7 @@ def _stack(
 
 
 def _own(module: Any, y: Tensor) -> Tensor:
-    """A copy of y where modules.py makes one: the derivative reads y, which a program may change in place."""
+    """A copy of y where stack.py makes one: the derivative reads y, which a program may change in place."""
     onednn = module._gates == 4 and y.dtype is torch.float32 and not module.bidirectional and not module.proj_size
     return y.clone() if y.requires_grad and not onednn else y
 

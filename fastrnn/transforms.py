@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batching import Dims, batched
-from .operators import backward_of_all, keep
+from .derivatives import backward_of_all, keep
 
 
 class TransformedLayer(torch.autograd.Function):

@@ -20,7 +20,8 @@ INTRINSICS = re.compile(r"^([a-z]*intrin|arm_\w+)\.h$")
 # Beside csrc/cpu/isa: what the instruction sets can reach; the caller's MXCSR and the pause of a spinning thread.
 INTRINSIC_FILES = {"csrc/cpu/roofline.cpp", "csrc/cpu/run.cpp"}
 TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/layer.cpp", "csrc/cuda/layer.cpp"}
-TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "module_call.cpp")}
+TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h")}
+TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")}
 
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
@@ -28,12 +29,13 @@ LAYERS = (
     ("extension", "reference", "batching", "checks", "onnx_export", "stock"),
     ("extras", "gradients"),
     ("operators",),
-    ("transforms",),
+    ("derivatives", "fakes"),
+    ("registration", "transforms"),
     ("autograd",),
     ("extended",),
     ("functional", "compiling", "scripting", "sequences"),
-    ("modules",),
-    ("cells",),
+    ("stack",),
+    ("modules", "cells"),
     ("conversion", "explanation", "info", "prepacking"),
     ("__init__",),
     ("__main__",),

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A call of a module on the short way: options, weights and states from its __dict__, then every layer. See
+// module_call.cpp.
+#include "call.h"
+
+#include <optional>
+
+namespace fastrnn {
+namespace {
+
+using at::IntArrayRef;
+
+// What the module's options say about a call.
+struct Stack {
+  Cell cell;
+  int64_t I, H, P, R, L, D;
+  bool bias, batch_first;
+};
+
+std::optional<Stack> stack_of(Attributes& module, int64_t gates) {
+  Stack s{};
+  s.cell = gates == 4 ? Cell::lstm : gates == 3 ? Cell::gru : Cell::rnn_tanh;
+  if (gates == 1) {
+    PyObject* const mode = module.object(names().mode);
+    if (mode == nullptr || !PyUnicode_Check(mode)) return std::nullopt;
+    if (PyUnicode_CompareWithASCIIString(mode, "RNN_RELU") == 0) {
+      s.cell = Cell::rnn_relu;
+    } else if (PyUnicode_CompareWithASCIIString(mode, "RNN_TANH") != 0) {
+      return std::nullopt;
+    }
+  }
+  s.I = module.size(names().input_size);
+  s.H = module.size(names().hidden_size);
+  s.L = module.size(names().num_layers);
+  s.P = s.cell == Cell::lstm ? module.size(names().proj_size) : 0;
+  s.R = s.P != 0 ? s.P : s.H;
+  s.bias = module.flag(names().bias);
+  s.batch_first = module.flag(names().batch_first);
+  s.D = module.flag(names().bidirectional) ? 2 : 1;
+  if (!module.usual || s.I < 1 || s.H < 1 || s.L < 1) return std::nullopt;
+  if (s.L > 1 && module.flag(names().training)) {
+    PyObject* const dropout = module.object(names().dropout);
+    if (!module.usual || !PyFloat_Check(dropout) || PyFloat_AS_DOUBLE(dropout) != 0) return std::nullopt;
+  }
+  return s;
+}
+
+// The weights of one layer and direction, from the list of their names; false if one is missing or unusual.
+bool weights_of(Attributes& module, const Stack& s, PyObject* row_names, size_t row, const Prepacked* prepacked,
+                Tensors& tensors, Weights& weights) {
+  if (!PyList_CheckExact(row_names) || PyList_GET_SIZE(row_names) != 2 + 2 * s.bias + (s.P != 0)) return false;
+  const Tensor** const slots[] = {&weights.w_ih, &weights.w_hh, &weights.b_ih, &weights.b_hh, &weights.w_hr};
+  static const Tensor none;
+  Py_ssize_t next = 0;
+  for (size_t slot = 0; slot < 5; ++slot) {
+    if ((slot >= 2 && slot < 4 && !s.bias) || (slot == 4 && s.P == 0)) {
+      if (prepacked != nullptr) prepacked->expect(row, slot, none);
+      continue;
+    }
+    PyObject* const found = module.weight(PyList_GET_ITEM(row_names, next++));
+    if (found == nullptr) return false;
+    const Tensor* const tensor = tensors.add(found);
+    if (tensor == nullptr) return false;
+    if (prepacked != nullptr) prepacked->expect(row, slot, *tensor);
+    *slots[slot] = tensor;
+  }
+  if (prepacked != nullptr) weights.packed = prepacked->direction(row);
+  return true;
+}
+
+// All layers without gradient: the states of layer l are slices of those of the call, and its y is the x of the next.
+LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArguments>& layers, const Tensor& x,
+                        const Tensor* (&hx)[2], int64_t B) {
+  const auto type = x.scalar_type();
+  const bool lstm = s.cell == Cell::lstm;
+  LayerResults all;
+  all.y = x;
+  if (s.L > 1) {
+    all.h_n = empty({s.L * s.D, B, s.R}, type);
+    if (lstm) all.c_n = empty({s.L * s.D, B, s.H}, type);
+  }
+  Tensor zero_h, zero_c;
+  if (hx[0] == nullptr) {
+    zero_h = zeros({s.D, B, s.R}, type);
+    if (lstm) zero_c = s.R == s.H ? zero_h : zeros({s.D, B, s.H}, type);
+  }
+  for (int64_t l = 0; l < s.L; ++l) {
+    const auto slice = [&](const Tensor& states, int64_t width) {
+      const IntArrayRef strides = states.strides();
+      const int64_t along = states.dim() == 3 ? strides[1] : strides[0];  // an unbatched state has no B
+      return alias(states, {s.D, B, width}, {strides[0], along, states.stride(-1)}, l * s.D * strides[0]);
+    };
+    LayerArguments a = layers[static_cast<size_t>(l)];
+    const Tensor below = all.y;
+    const Tensor h0 = hx[0] == nullptr ? zero_h : slice(*hx[0], s.R);
+    const Tensor c0 = !lstm ? Tensor() : hx[0] == nullptr ? zero_c : slice(*hx[1], s.H);
+    a.x = &below, a.h0 = &h0;
+    if (lstm) a.c0 = &c0;
+    LayerResults given;
+    if (s.L > 1) {
+      given.h_n = slice(all.h_n, s.R);
+      if (lstm) given.c_n = slice(all.c_n, s.H);
+    }
+    LayerResults made = cpu::layer_forward(a, checks::Checker(a).layer(), false, given);
+    all.y = std::move(made.y);
+    if (s.L == 1) all.h_n = std::move(made.h_n), all.c_n = std::move(made.c_n);
+  }
+  return all;
+}
+
+// One layer with gradient, through views that torch differentiates.
+LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input, const Tensor* (&hx)[2], int64_t B,
+                          bool unbatched, bool recompute) {
+  const auto type = input.scalar_type();
+  const bool lstm = s.cell == Cell::lstm;
+  const Tensor x = unbatched ? input.unsqueeze(1) : s.batch_first ? input.transpose(0, 1) : input;
+  Tensor h0, c0;
+  if (hx[0] == nullptr) {
+    h0 = zeros({s.D, B, s.R}, type);
+    if (lstm) c0 = s.R == s.H ? h0 : zeros({s.D, B, s.H}, type);
+  } else {
+    h0 = unbatched ? hx[0]->unsqueeze(1) : *hx[0];
+    if (lstm) c0 = unbatched ? hx[1]->unsqueeze(1) : *hx[1];
+  }
+  a.x = &x, a.h0 = &h0;
+  if (lstm) a.c0 = &c0;
+  // torch's own LSTM saves y as well, where oneDNN computes it; elsewhere a program may change what torch returns.
+  Recording recording;
+  recording.own_y = !(lstm && type == at::kFloat && s.D == 1 && s.P == 0);
+  recording.recompute = recompute;
+  LayerResults r = layer_with_gradient(a, recording);
+  if (unbatched) {
+    r.y = r.y.squeeze(1), r.h_n = r.h_n.squeeze(1);
+    if (lstm) r.c_n = r.c_n.squeeze(1);
+  } else if (s.batch_first) {
+    r.y = r.y.transpose(0, 1);
+  }
+  return r;
+}
+
+// Whether torch.nn's own list `_flat_weights` holds the weights that have the names; where it does not, a program has
+// replaced some in one of the two places, and stack.py knows which counts.
+bool list_agrees(Attributes& module, PyObject* rows) {
+  PyObject* const flat = module.object(names().flat_weights);
+  if (flat == nullptr || !PyList_CheckExact(flat)) return false;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t row = 0; row < PyList_GET_SIZE(rows); ++row) {
+    PyObject* const own = PyList_GET_ITEM(rows, row);
+    if (!PyList_CheckExact(own)) return false;
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(own); ++k, ++position) {
+      if (position >= PyList_GET_SIZE(flat)) return false;
+      if (module.weight(PyList_GET_ITEM(own, k)) != PyList_GET_ITEM(flat, position)) return false;
+    }
+  }
+  return position == PyList_GET_SIZE(flat);
+}
+
+}  // namespace
+
+PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
+                   "layer_call: expected (own, gates, recompute, input, hx)");
+  PyObject *const input = arguments[3], *const hx = arguments[4];
+  if (!ordinary_state()) Py_RETURN_NONE;
+  Attributes module(arguments[0]);
+  if (!module.usual) Py_RETURN_NONE;
+  const std::optional<Stack> found = stack_of(module, PyLong_AsLong(arguments[1]));
+  if (!found) Py_RETURN_NONE;
+  const Stack& s = *found;
+  PyObject* const rows = module.object(names().all_weights);
+  if (rows == nullptr || !PyList_CheckExact(rows) || PyList_GET_SIZE(rows) != s.L * s.D || !list_agrees(module, rows)) {
+    Py_RETURN_NONE;
+  }
+
+  Tensors tensors(static_cast<size_t>(3 + s.L * s.D * 5));
+  const Tensor* const x = tensors.add(input);
+  const Tensor* states[2] = {};
+  if (x == nullptr || (hx != Py_None && !states_of(hx, s.cell, tensors, states))) Py_RETURN_NONE;
+  const bool unbatched = x->dim() == 2;
+  if (!unbatched && x->dim() != 3) Py_RETURN_NONE;
+  const bool swapped = s.batch_first && !unbatched;
+  const int64_t T = x->size(swapped ? 1 : 0), B = unbatched ? 1 : x->size(swapped ? 0 : 1);
+  if (T < 1 || x->size(-1) != s.I) Py_RETURN_NONE;
+  const int64_t widths[2] = {s.R, s.H};
+  for (int k = 0; k < 2; ++k) {
+    if (states[k] == nullptr) continue;
+    const IntArrayRef sizes = states[k]->sizes();
+    const bool fits = unbatched ? sizes.equals({s.L * s.D, widths[k]}) : sizes.equals({s.L * s.D, B, widths[k]});
+    if (!fits) Py_RETURN_NONE;
+  }
+
+  THPObjectPtr owner;
+  const Prepacked* const prepacked = module.prepacked(owner);
+  const Cell cell = s.cell;
+  c10::SmallVector<LayerArguments, 2> layers;
+  for (int64_t l = 0; l < s.L; ++l) {
+    LayerArguments a{};
+    a.name = cell == Cell::lstm ? "lstm_layer" : cell == Cell::gru ? "gru_layer" : "rnn_layer";
+    a.cell = cell;
+    for (int64_t d = 0; d < s.D; ++d) {
+      const int64_t row = l * s.D + d;
+      if (!weights_of(module, s, PyList_GET_ITEM(rows, row), static_cast<size_t>(row), prepacked, tensors,
+                      a.weights[d])) {
+        Py_RETURN_NONE;
+      }
+    }
+    layers.push_back(a);
+  }
+  const bool recorded = tensors.requires_grad && at::GradMode::is_enabled();
+  refuse_gradient(prepacked, recorded);
+  if (recorded && s.L > 1) Py_RETURN_NONE;
+
+  LayerResults results;
+  {
+    const pybind11::gil_scoped_release free;
+    if (recorded) {
+      results = record_layer(s, layers[0], *x, states, B, unbatched, arguments[2] == Py_True);
+    } else {
+      const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
+      const IntArrayRef strides = x->strides();
+      const Tensor major = unbatched ? alias(*x, {T, 1, s.I}, {strides[0], strides[0], strides[1]})
+                           : swapped ? alias(*x, {T, B, s.I}, {strides[1], strides[0], strides[2]})
+                                     : *x;
+      results = run_layers(s, layers, major, states, B);
+      const int64_t width = s.D * s.R;
+      if (unbatched) {
+        set_sizes(results.y, {T, width});
+        set_sizes(results.h_n, {s.L * s.D, s.R});
+        if (results.c_n.defined()) set_sizes(results.c_n, {s.L * s.D, s.H});
+      } else if (swapped) {
+        results.y.unsafeGetTensorImpl()->set_sizes_and_strides(IntArrayRef{B, T, width},
+                                                               IntArrayRef{width, (B > 0 ? B : 1) * width, 1});
+      }
+    }
+  }
+  THPObjectPtr final(wrapped(std::move(results.h_n), std::move(results.c_n), cell == Cell::lstm));
+  THPObjectPtr y(THPVariable_Wrap(std::move(results.y)));
+  if (!y) throw python_error();
+  return PyTuple_Pack(2, y.get(), final.get());
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace fastrnn
