@@ -3,12 +3,13 @@
 
 Without the velocities one observation does not say which way the pole falls, so the policy has to remember. Rollouts
 are of a fixed length and hold the ends of episodes; where an episode begins, the state begins anew. The update computes
-whole rollouts again, with gradient. The common way is a call of the LSTM for every step, in order to zero the state of
-those rows whose episode begins (`--loop`). Here one call with `reset` covers the whole rollout.
+whole rollouts again, with gradient. The old way is a call of torch.nn.LSTM for every step, to zero the state of those
+rows whose episode begins (`--loop`). Here one call with `reset` covers the whole rollout.
 
     pip install gymnasium
     python examples/rl_ppo.py             # about a minute; solved is a mean return of 400, of at most 500
-    python examples/rl_ppo.py --loop      # the same numbers, a call a step
+    python examples/rl_ppo.py --loop      # the old way: the same numbers but for rounding
+    python examples/rl_ppo.py --compare   # the time of an update of one rollout, both ways in turn
 
 PPO: Schulman et al. 2017, with the details that CleanRL's recurrent PPO made the common ones: advantages normalised per
 minibatch, minibatches of whole rows, an annealed learning rate, orthogonal initial weights.
@@ -25,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +76,13 @@ def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
 
 
 class Policy(nn.Module):
-    """Observations -> features -> LSTM -> logits of the two actions, and the value."""
+    """Observations -> features -> LSTM -> logits of the two actions, and the value. loop: the old way."""
 
     def __init__(self, hidden: int, loop: bool) -> None:
         super().__init__()
         self.loop = loop
         self.encoder = nn.Sequential(linear(2, 64, math.sqrt(2)), nn.Tanh())
-        self.lstm = fastrnn.LSTM(64, hidden)
+        self.lstm = (nn if loop else fastrnn).LSTM(64, hidden)
         for name, weight in self.lstm.named_parameters():
             nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight)
         self.actor, self.critic = linear(hidden, 2, 0.01), linear(hidden, 1, 1.0)
@@ -191,15 +193,21 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, o
     return loss.item()
 
 
+def learner(options: argparse.Namespace, loop: bool) -> tuple[Policy, torch.optim.Optimizer]:
+    """A policy from the seed, and its optimizer."""
+    torch.manual_seed(options.seed)
+    policy = Policy(options.hidden, loop)
+    # fused: one pass over the weights instead of ten calls for each, which would take a tenth of a short update
+    return policy, torch.optim.Adam(policy.parameters(), lr=options.lr, eps=1e-5, fused=True)
+
+
 def train(options: argparse.Namespace) -> dict[str, float | list[float]]:
     """Trains until solved or out of steps; the figures of the run."""
-    torch.manual_seed(options.seed)
-    policy = Policy(options.hidden, options.loop)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=options.lr, eps=1e-5)
+    policy, optimizer = learner(options, options.loop)
     collector = Collector(options, policy)
     per_update = options.envs * options.rollout
     updates = max(1, options.steps // per_update)
-    way = "a call a step" if options.loop else "one call with resets where an episode begins"
+    way = "a call of torch.nn a step" if options.loop else "one call with resets where an episode begins"
     print(f"LSTM {options.hidden}, {options.envs} environments, rollouts of {options.rollout}; {way}")
     losses: list[float] = []
     in_update, start, mean = 0.0, time.perf_counter(), 0.0
@@ -226,11 +234,33 @@ def train(options: argparse.Namespace) -> dict[str, float | list[float]]:
     return {"return": mean, "losses": losses, "update_seconds": in_update / len(losses)}
 
 
+def compare(options: argparse.Namespace) -> dict[str, float]:
+    """Times the update of one rollout in both ways, in turn, from the same weights; the median of each in seconds."""
+    learners = [learner(options, loop) for loop in (False, True)]
+    rollout = Collector(options, learners[0][0]).rollout()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + options.repeats):
+        for (policy, optimizer), taken in zip(learners, seconds, strict=True):
+            began = time.perf_counter()
+            update(policy, optimizer, rollout, options)
+            taken.append(time.perf_counter() - began)
+    whole, loop = (sorted(taken[1:])[options.repeats // 2] for taken in seconds)  # the first fetches code and memory
+    print(
+        f"LSTM {options.hidden}, {options.envs} environments, rollouts of {options.rollout}, "
+        f"{options.epochs} epochs of {options.minibatches} minibatches, threads: {torch.get_num_threads()}\n"
+        f"update   one call with resets {1e3 * whole:.1f} ms   a call of torch.nn a step {1e3 * loop:.1f} ms   "
+        f"{loop / whole:.1f} times"
+    )
+    return {"whole": whole, "loop": loop}
+
+
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; leaves with a sentence on stderr and status 2 where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--loop", action="store_true", help="the old way: a call of the LSTM for every step")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--loop", action="store_true", help="the old way: a call of torch.nn.LSTM for every step")
+    ways.add_argument("--compare", action="store_true", help="time an update both ways, and train nothing")
     add("--steps", type=int, default=500_000, help="steps of all environments together, at most")
     add("--envs", type=int, default=16, help="B")
     add("--rollout", type=int, default=128, help="T")
@@ -246,6 +276,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads())
     add("--seed", type=int, default=0)
     add("--print-every", type=int, default=10, help="updates")
+    add("--repeats", type=int, default=7, help="of --compare")
     options = parser.parse_args(argv)
     numbers = {name.replace("_", "-"): value for name, value in vars(options).items() if type(value) in (int, float)}
     rules = [
@@ -259,13 +290,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float | list[float]]:
-    """Runs the training; the figures of train()."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the training, or the comparison; its figures."""
     options = parse_options(argv)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        return train(options)
+        return compare(options) if options.compare else train(options)
     finally:
         torch.set_num_threads(before)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from load_example import load_example
 
+import fastrnn
+
 TINY = ["--steps", "800", "--envs", "4", "--rollout", "50", "--hidden", "16", "--threads", "1", "--minibatches", "2"]
 
 
@@ -24,6 +26,25 @@ def test_both_ways_learn_the_same(rl_ppo, capsys):
     assert whole["losses"][:3] == pytest.approx(loop["losses"][:3], rel=1e-3)
     assert whole["return"] > 5
     assert "steps/s" in capsys.readouterr().out
+
+
+def test_comparison_updates_the_same_policy_in_both_ways(rl_ppo, capsys, monkeypatch):
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed")
+    losses: dict[type, list[float]] = {fastrnn.LSTM: [], torch.nn.LSTM: []}
+    update = rl_ppo.update
+
+    def recorded(policy, *arguments):
+        torch.manual_seed(len(losses[type(policy.lstm)]))  # of the minibatches
+        losses[type(policy.lstm)].append(update(policy, *arguments))
+
+    monkeypatch.setattr(rl_ppo, "update", recorded)
+    figures = rl_ppo.main([*TINY, "--compare", "--repeats", "2"])
+    assert figures["whole"] > 0 < figures["loop"]
+    assert len(losses[fastrnn.LSTM]) == 3
+    assert losses[fastrnn.LSTM] == pytest.approx(losses[torch.nn.LSTM], rel=1e-3, abs=1e-4)
+    printed = capsys.readouterr().out
+    assert f"{figures['loop'] / figures['whole']:.1f} times" in printed
+    assert "LSTM 16, 4 environments, rollouts of 50, 4 epochs of 2 minibatches, threads: 1" in printed
 
 
 def test_state_is_cut_where_an_episode_begins(rl_ppo):
