@@ -5,6 +5,7 @@
 // Types of exceptions are torch.nn's: ValueError for the rank of x and for weights of another dtype than x,
 // RuntimeError for everything else.
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -201,15 +202,20 @@ class Checker {
   }
 
   void lengths(Sizes& s) const {
+    constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
     const Tensor& tensor = *arguments_.lengths;
     if (arguments_.batch_sizes != nullptr) fail("lengths and batch_sizes must not both be given");
     readable("lengths", &tensor);
     if (tensor.scalar_type() != at::kLong) fail("lengths must be int64, got ", dtype_name(tensor.scalar_type()));
     if (!tensor.sizes().equals({s.B})) fail("lengths must be [B] = ", IntArrayRef({s.B}), ", got ", tensor.sizes());
-    s.lengths_owner = tensor.clone(at::MemoryFormat::Contiguous);  // nobody writes to it after the checks
-    const int64_t* const values = s.lengths_owner.const_data_ptr<int64_t>();
+    s.lengths_owner = at::detail::empty_cpu({s.B}, at::kLong);  // nobody writes to it after the checks
+    int64_t* const values = s.lengths_owner.mutable_data_ptr<int64_t>();
+    const Tensor dense = tensor.key_set().has_any(kLazy) ? tensor.clone() : tensor;
+    const int64_t* const given = s.B == 0 ? nullptr : dense.const_data_ptr<int64_t>();
+    const int64_t stride = dense.stride(0);
     bool whole = true;
     for (int64_t b = 0; b < s.B; ++b) {
+      values[b] = given[b * stride];
       if (values[b] < 0 || values[b] > s.T) {
         fail("lengths must be from 0 to T = ", s.T, ", got ", values[b], " for sequence ", b);
       }

@@ -47,8 +47,10 @@ constexpr const char* kNames[] = {"lstm_layer", "gru_layer", "rnn_layer", "rnn_l
 
 int state_count(Cell cell) { return cell == Cell::lstm ? 2 : 1; }
 
-// Differentiable arguments of a layer without resets, which alone comes here; reset_h and reset_c follow in the schema.
-int tensor_count(Cell cell) { return gradient_count(cell) - state_count(cell); }
+// Arguments of a layer that are neither differentiable nor masks; undefined: not given.
+struct Extras {
+  Tensor batch_sizes, lengths, reset;
+};
 
 // Bit k of `given`: differentiable argument k of the schema is there. The tensors stand in a list without gaps.
 struct Description {
@@ -72,8 +74,10 @@ Tensor one_step(const Tensor& rows) {
   return alias(rows, {1, rows.size(0), rows.size(1)}, {rows.stride(0), rows.stride(0), rows.stride(1)});
 }
 
+const Tensor* pointer(const Tensor& tensor) { return tensor.defined() ? &tensor : nullptr; }
+
 // The layer's arguments from a list without gaps. `stepped` keeps the three-dimensional aliases of a cell's tensors.
-LayerArguments arguments_of(const Description& d, at::TensorList tensors, const Tensor& batch_sizes,
+LayerArguments arguments_of(const Description& d, at::TensorList tensors, const Extras& extras,
                             std::array<Tensor, 3>& stepped) {
   const Tensor* given[kMaxGradients] = {};
   for (size_t position = 0, next = 0; position < kMaxGradients; ++position) {
@@ -97,7 +101,11 @@ LayerArguments arguments_of(const Description& d, at::TensorList tensors, const 
     w.w_ih = *next++, w.w_hh = *next++, w.b_ih = *next++, w.b_hh = *next++;
     if (d.cell == Cell::lstm) w.w_hr = *next++;
   }
-  if (batch_sizes.defined()) a.batch_sizes = &batch_sizes;
+  a.reset_h = *next++;
+  if (d.cell == Cell::lstm) a.reset_c = *next++;
+  a.batch_sizes = pointer(extras.batch_sizes);
+  a.lengths = pointer(extras.lengths);
+  a.reset = pointer(extras.reset);
   return a;
 }
 
@@ -114,7 +122,8 @@ bool direct(at::TensorList tensors) {
     return false;
   }
   for (const Tensor& tensor : tensors) {
-    if (tensor.defined() && tensor.scalar_type() != at::kLong && !is_plain(tensor)) return false;
+    if (!tensor.defined() || tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kBool) continue;
+    if (!is_plain(tensor)) return false;
   }
   return true;
 }
@@ -128,7 +137,7 @@ variable_list in_python(const Description& d, at::TensorList saved, const variab
   };
   py::list tensors, wants, rest, cotangents;
   size_t next = 0;
-  for (int position = 0; position < tensor_count(d.cell); ++position) {
+  for (int position = 0; position < gradient_count(d.cell); ++position) {
     const bool given = d.given >> position & 1;
     tensors.append(given ? object(saved[next]) : py::object(py::none()));
     wants.append(given && wanted[next]);
@@ -152,17 +161,16 @@ class Layer : public torch::autograd::Function<Layer> {
   static constexpr bool is_traceable = true;  // a compiler's tensors take the way through Python, to the operator
 
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Description& d,
-                               const Tensor* batch_sizes) {
+                               const Extras& extras) {
     const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
     std::array<Tensor, 3> stepped;
-    const Tensor sizes_tensor = batch_sizes == nullptr ? Tensor() : *batch_sizes;
-    const LayerArguments a = arguments_of(d, tensors, sizes_tensor, stepped);
+    const LayerArguments a = arguments_of(d, tensors, extras, stepped);
     LayerResults r = cpu::layer_forward(a, checks::Checker(a).layer(), !d.recording.recompute);
     ctx->saved_data.emplace("description", d.pack());
     ctx->set_materialize_grads(false);
     variable_list saved(tensors.begin(), tensors.end());
     const Tensor y = d.recording.recompute ? Tensor() : d.recording.own_y ? copy_of(r.y) : r.y;
-    saved.insert(saved.end(), {sizes_tensor, y, r.gates, r.cells});
+    saved.insert(saved.end(), {extras.batch_sizes, extras.lengths, extras.reset, y, r.gates, r.cells});
     ctx->save_for_backward(std::move(saved));
     if (!d.recording.step) return lstm_of(d) ? variable_list{r.y, r.h_n, r.c_n} : variable_list{r.y, r.h_n};
     for (Tensor* state : {&r.h_n, &r.c_n}) {
@@ -176,7 +184,7 @@ class Layer : public torch::autograd::Function<Layer> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const Description d = Description::unpack(ctx->saved_data.at("description").toInt());
     const variable_list saved = ctx->get_saved_variables();
-    const size_t count = saved.size() - 4;
+    const size_t count = saved.size() - kKept;
     std::vector<bool> wanted(count);
     for (size_t k = 0; k < count; ++k) wanted[k] = ctx->needs_input_grad(k);
     variable_list found;
@@ -189,11 +197,13 @@ class Layer : public torch::autograd::Function<Layer> {
     } else {
       found = in_python(d, saved, gradients, wanted);
     }
-    found.resize(count + 2);  // Description and batch_sizes have no gradient
+    found.resize(count + 2);  // Description and Extras have no gradient
     return found;
   }
 
  private:
+  static constexpr size_t kKept = 6;  // after the tensors: extras, y, gates, cells
+
   static bool lstm_of(const Description& d) { return d.cell == Cell::lstm; }
 
   static variable_list by_kernels(const Description& d, const variable_list& saved, size_t count,
@@ -203,10 +213,11 @@ class Layer : public torch::autograd::Function<Layer> {
     std::array<Tensor, 3> cotangents;
     const at::TensorList tensors(saved.data(), count);
     BackwardArguments b{};
-    b.layer = arguments_of(d, tensors, saved[count], stepped);
+    const Extras extras{saved[count], saved[count + 1], saved[count + 2]};
+    b.layer = arguments_of(d, tensors, extras, stepped);
     checks::Checker checker(b.layer);
     const Sizes sizes = checker.layer();
-    Tensor y = saved[count + 1], gates = saved[count + 2], cells = saved[count + 3];
+    Tensor y = saved[count + 3], gates = saved[count + 4], cells = saved[count + 5];
     if (d.recording.recompute) {
       LayerResults again = cpu::layer_forward(b.layer, sizes, true);
       y = again.y, gates = again.gates, cells = again.cells;
@@ -215,7 +226,6 @@ class Layer : public torch::autograd::Function<Layer> {
     for (const Tensor& gradient : gradients) {
       cotangents[next++] = !gradient.defined() || !d.recording.step ? gradient : one_step(gradient);
     }
-    const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? &tensor : nullptr; };
     b.d_y = pointer(cotangents[0]), b.d_h_n = pointer(cotangents[1]), b.d_c_n = pointer(cotangents[2]);
     b.y = &y;
     b.gates = pointer(gates), b.cells = pointer(cells);
@@ -265,7 +275,11 @@ LayerResults layer_with_gradient(const LayerArguments& a, const Recording& recor
     add(w.w_ih), add(w.w_hh), add(w.b_ih), add(w.b_hh);
     if (a.cell == Cell::lstm) add(w.w_hr);
   }
-  variable_list found = Layer::apply(at::TensorList(tensors), d, a.batch_sizes);
+  add(a.reset_h);
+  if (a.cell == Cell::lstm) add(a.reset_c);
+  const auto given = [](const Tensor* tensor) { return tensor == nullptr ? Tensor() : *tensor; };
+  const Extras extras{given(a.batch_sizes), given(a.lengths), given(a.reset)};
+  variable_list found = Layer::apply(at::TensorList(tensors), d, extras);
   LayerResults results;
   size_t next = 0;
   if (!recording.step) results.y = std::move(found[next++]);

@@ -289,9 +289,8 @@ struct Operator<body, Types<A...>> {
 // Arguments as the operator's; `save` means that gates and cells are kept, and not computed again by the backward.
 
 LayerResults with_gradient(const LayerArguments& a, bool save) {
-  TORCH_CHECK(a.lengths == nullptr && a.reset == nullptr && a.reset_h == nullptr && a.reset_c == nullptr &&
-                  a.h_mask == nullptr && a.zoneout_h == nullptr && a.zoneout_c == nullptr,
-              "fastrnn.", a.name, "_with_gradient: takes batch_sizes alone of what follows the weights");
+  TORCH_CHECK(a.h_mask == nullptr && a.zoneout_h == nullptr && a.zoneout_c == nullptr, "fastrnn.", a.name,
+              "_with_gradient: takes no masks");
   Recording recording;
   recording.recompute = !save;
   return layer_with_gradient(a, recording);

@@ -155,12 +155,24 @@ def continue_backward(
 
     Args:
         name: of the operator.
-        tensors, kept, gradients, wanted: as for backward().
+        tensors: its differentiable arguments, then reset_h and, of an LSTM, reset_c.
+        kept: batch_sizes, lengths, reset, y and the buffers.
+        gradients: as for backward().
+        wanted: which of the tensors need one.
         relu: the option of rnn_layer.
         step: x is [B, I], the states are [B, R] as a cell has them, and there is no gradient of y.
     """
     operator = BY_NAME[name]
-    options, results = (relu,) * operator.options, operator.results
+    options, results, count = (relu,) * operator.options, operator.results, operator.tensors
+    batch_sizes, lengths, reset, *kept = kept
+    if lengths is not None or reset is not None:
+        extras = (lengths, batch_sizes, reset, *tensors[count:])
+        extras += (None,) * (2 + operator.after_batch_sizes - len(extras))
+        saved = (*tensors[:count], *extras, *kept[: 1 + operator.buffers])
+        needed = (*wanted[:count], False, False, False, *wanted[count:])
+        found = extended_backward(operator, saved, options, gradients, needed, direct=False)
+        return *found[:count], *found[count + 3 : count + 2 + results]
+    tensors, wanted, kept = tensors[:count], wanted[:count], (batch_sizes, *kept)
     if not step:
         return backward(operator, tensors, kept, options, gradients, wanted)
     inputs = [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors[:results]]

@@ -24,9 +24,12 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class _ExtendedLayer(torch.autograd.Function):
-    """The eager door with gradient: apply(operator, keep, all_cells, *tensors, *extras, *options) gives y, the final
-    states and, for an LSTM, c at every step. keep: what the backward needs, which otherwise runs the forward once more;
-    c at every step is then empty unless all_cells asks for it."""
+    """The eager door with gradient for masks and for c at every step; lengths and resets have csrc/derivative.cpp.
+
+    apply(operator, keep, all_cells, *tensors, *extras, *options) gives y, the final states and, for an LSTM, c at every
+    step. keep: what the backward needs, which otherwise runs the forward once more; c at every step is then empty
+    unless all_cells asks for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, keep: bool, all_cells: bool, *arguments: Any) -> tuple[Tensor, ...]:
@@ -77,6 +80,8 @@ def layer(
     if is_compiling() or _dispatch_modes() or transforms_active():
         outputs = operator.overload(*tensors, *arguments, *options, (recorded and not recompute) or all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
+    elif recorded and not all_cells and extras[4:] == (None, None, None):
+        return getattr(_C, f"{operator.name}_with_gradient")(*tensors, *arguments, *options, not recompute)
     elif recorded:
         found = _ExtendedLayer.apply(  # type: ignore[no-untyped-call]
             operator, not recompute, all_cells, *tensors, *arguments, *options
