@@ -2,8 +2,8 @@
 """What csrc/checks.h checks of an operator's arguments, for tensors without data, in the same words; called by the fake
 kernels of fakes.py, so that a mistake shows when a model is compiled or exported and not when it runs.
 
-Left to the kernels: numbers and dtype of batch_sizes, sizes beyond 2^31, and whether an argument is supported. A
-condition on symbolic sizes becomes a guard or an assertion of the graph.
+Left to the kernels: numbers of lengths and batch_sizes, dtype of the latter, and sizes beyond 2^31. A condition on
+symbolic sizes becomes a guard or an assertion of the graph.
 """
 
 from __future__ import annotations
@@ -15,56 +15,63 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .extras import Extras
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INPUTS = ("x", "h0", "c0")
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
 
-def check_layer(operator: Any, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None) -> None:
+def check_layer(operator: Any, tensors: Sequence[Tensor | None], extras: Sequence[Tensor | None]) -> None:
     """Checks the arguments of a forward call.
 
     Args:
         operator: its Operator of operators.py.
         tensors: x, the initial states and the weights of two directions.
-        batch_sizes: as given.
+        extras: batch_sizes and the others, in the order of the schema.
     Raises:
         ValueError: the rank of x, or the dtype of a weight.
         RuntimeError: anything else that does not fit.
     """
-    _Checker(operator, operator.name, tensors, batch_sizes).layer()
+    _Checker(operator, operator.name, tensors, extras).layer()
 
 
 def check_backward(
     operator: Any,
     tensors: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
+    extras: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
     saved: Sequence[Tensor],
     needs: int,
+    d_cells: Tensor | None = None,
 ) -> None:
     """Checks the arguments of a backward call.
 
     Args:
         operator: its Operator of operators.py.
         tensors: as for check_layer.
-        batch_sizes: as for check_layer.
+        extras: as for check_layer.
         gradients: of y and the final states.
         saved: y, then the buffers.
         needs: a bit for each gradient that is wanted.
+        d_cells: of an LSTM, the gradient of c at every step.
     Raises:
         ValueError: the rank of x, or the dtype of a weight.
         RuntimeError: anything else that does not fit.
     """
-    checker = _Checker(operator, operator.backward_name, tensors, batch_sizes)
+    checker = _Checker(operator, operator.backward_name, tensors, extras)
     checker.layer()
-    checker.backward(gradients, saved, needs)
+    checker.backward(gradients, saved, needs, d_cells)
 
 
 class _Checker:
     """The checks of one call, in the order of csrc/checks.h."""
 
-    def __init__(self, operator: Any, name: str, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None) -> None:
-        self.operator, self.name, self.batch_sizes = operator, name, batch_sizes
+    def __init__(
+        self, operator: Any, name: str, tensors: Sequence[Tensor | None], extras: Sequence[Tensor | None]
+    ) -> None:
+        self.operator, self.name = operator, name
+        self.extras, self.batch_sizes = Extras.of_arguments(extras)
         inputs = operator.results
         self.inputs = dict(zip(_INPUTS, tensors[:inputs], strict=False))
         half = (len(tensors) - inputs) // 2
@@ -104,6 +111,50 @@ class _Checker:
         if "c0" in self.inputs:
             self.operand("c0", self.inputs["c0"], "[D, B, H]", (self.D, self.B, self.H))
         self.check_weights(w_hr is not None)
+        if self.extras.lengths is not None:
+            self.check_lengths(self.extras.lengths)
+        self.check_resets()
+        shapes = self.of_rows(self.D * self.R), self.of_rows(self.D * self.H)
+        if self.extras.h_mask is not None:
+            self.operand("h_mask", self.extras.h_mask, "[D, B, R]", (self.D, self.B, self.R))
+        for name, tensor, shape, letter in zip(("zoneout_h", "zoneout_c"), self.extras[5:], shapes, "RH", strict=True):
+            if tensor is not None:
+                self.operand(name, tensor, self.rule_of_rows(letter), shape)
+
+    def of_rows(self, features: Any) -> tuple[Any, ...]:
+        """The shape of what has a row for each step of each sequence; and how messages spell it."""
+        return (*self.x.shape[:-1], features)
+
+    def rule_of_rows(self, letter: str) -> str:
+        return f"[T, B, D*{letter}]" if self.batch_sizes is None else f"[N, D*{letter}]"
+
+    def check_lengths(self, lengths: Tensor) -> None:
+        if self.batch_sizes is not None:
+            self.fail("lengths and batch_sizes must not both be given")
+        self.on_cpu("lengths", lengths)
+        if lengths.dtype is not torch.int64:
+            self.fail(f"lengths must be int64, got {_dtype(lengths)}")
+        self.fits("lengths", lengths, "[B]", (self.B,))
+
+    def check_resets(self) -> None:
+        _, reset, *states = self.extras[:4]
+        given = [state is not None for state in states]
+        if reset is None:
+            if any(given):
+                self.fail("reset_h and reset_c are given without reset")
+            return
+        if self.batch_sizes is not None:
+            self.fail("reset and batch_sizes must not both be given; lengths go with reset")
+        self.on_cpu("reset", reset)
+        if reset.dtype is not torch.bool:
+            self.fail(f"reset must be bool, got {_dtype(reset)}")
+        self.fits("reset", reset, "[T, B]", tuple(self.x.shape[:2]))
+        if "c0" in self.inputs and given[0] != given[1]:
+            self.fail("reset_h and reset_c must be given together")
+        for name, state, letter in zip(("reset_h", "reset_c"), states, "RH", strict=True):
+            if state is not None:
+                width = self.R if letter == "R" else self.H
+                self.operand(name, state, f"[D, B, {letter}]", (self.D, self.B, width))
 
     def packed(self, x: Tensor) -> None:
         """batch_sizes has no numbers here: B is taken from h0. Its dtype is left to the kernels as well, since torch's
@@ -136,13 +187,14 @@ class _Checker:
                 if weight is not None:
                     self.fail(f"{name}_reverse is given without w_ih_reverse")
 
-    def backward(self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needs: int) -> None:
+    def backward(
+        self, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needs: int, d_cells: Tensor | None
+    ) -> None:
         count = self.operator.tensors + self.operator.results - 1  # and reset_h, reset_c
         if not 0 <= needs < 1 << count:
             self.fail(f"needs must be in [0, 2^{count}), got {needs}")
         x, (y, *buffers) = self.x, saved
-        rule = "[T, B, D*R]" if self.batch_sizes is None else "[N, D*R]"
-        like_y = (rule, (*x.shape[:-1], self.D * self.R))
+        like_y = (self.rule_of_rows("R"), self.of_rows(self.D * self.R))
         states = (("[D, B, R]", (self.D, self.B, self.R)), ("[D, B, H]", (self.D, self.B, self.H)))
         self.operand("y", y, *like_y)
         for name, gradient, expected in zip(("d_y", "d_h_n", "d_c_n"), gradients, (like_y, *states), strict=False):
@@ -154,6 +206,8 @@ class _Checker:
         shapes = (("[D, N, 4*padded(H)]", (self.D, N, 4 * padded)), ("[D, N, H]", (self.D, N, self.H)))
         for name, buffer, expected in zip(("gates", "cells"), buffers, shapes, strict=False):
             self.operand(name, buffer, *expected)
+        if d_cells is not None:
+            self.operand("d_cells", d_cells, *shapes[1])
 
     def operand(self, name: str, given: Tensor | None, rule: str = "", shape: tuple[int, ...] | None = None) -> Tensor:
         """The argument, which is a tensor of the right dtype and, if there is one, shape."""
@@ -163,8 +217,9 @@ class _Checker:
             if name[0] in "wb":
                 self.fail(f"{name} must be {wanted} like x, got {got}", ValueError)
             self.fail(f"{name} must be {wanted}, got {got}")
-        if shape is None:
-            return tensor
+        return tensor if shape is None else self.fits(name, tensor, rule, shape)
+
+    def fits(self, name: str, tensor: Tensor, rule: str, shape: tuple[int, ...]) -> Tensor:
         message = f"{name} must be {self.spell(rule)} = [{', '.join(map(str, shape))}], got "
         self.require(tensor.dim() == len(shape), message, tensor)
         for size, expected in zip(tensor.shape, shape, strict=True):

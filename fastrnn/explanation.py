@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, extension, operators
+from . import autograd, extended, extension, operators
 from .modules import GRU, LSTM, RNN
 from .stock import CLASSES, noise_options, spoken_name, written_class
 
@@ -44,8 +44,13 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     refusal = _refusal(module, input, hx, tensors)
     if refusal is not None:
         return f"{name} -> refused: {refusal}"
-    sentence = autograd.explain_route(tensors)
-    if sentence.startswith("torch") and noise_options(module):  # torch.nn has no code for noise
+    noisy = bool(noise_options(module))
+    if noisy and torch.is_autocast_enabled("cpu"):  # extended.py does what autocast would, and goes on without it
+        with torch.autocast("cpu", enabled=False):
+            sentence = autograd.explain_route([extended.lowered(tensor) for tensor in tensors])
+    else:
+        sentence = autograd.explain_route(tensors)
+    if sentence.startswith("torch") and noisy:  # torch.nn has no code for noise
         sentence = f"reference: plain PyTorch (fastrnn.reference), because {sentence.partition('because ')[2]}"
     if sharded and "DTensor" in sentence:
         sentence += "; during a call fully_shard gathers them into plain ones: explain between unshard() and reshard()"

@@ -70,6 +70,12 @@ def layer(
     Returns:
         y, the final states and, if all_cells, c at every step: [D, T*B, H] or [D, N, H] in x's dtype.
     """
+    x = tensors[0]
+    if x is not None and x.is_cpu and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            lower = [lowered(tensor) for tensor in tensors]
+            extras = Extras(*extras[:2], *(lowered(tensor) for tensor in extras[2:]))
+            return layer(operator, lower, batch_sizes, extras, options, all_cells, recompute)
     arguments = extras.arguments(operator.gates == 4, batch_sizes)
     results = operator.results
     if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or extended_needs_reference():
@@ -94,10 +100,22 @@ def layer(
     return *found[:results], found[results].to(found[0].dtype)
 
 
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for the device, so that dtypes may be mixed."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def lowered(tensor: Tensor | None) -> Tensor | None:
+    """A tensor as autocast hands it to torch.nn's layers: in its dtype, but float64 stays."""
+    if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype("cpu"))
+
+
 def side_by_side(cells: Tensor, y: Tensor) -> Tensor:
     """c at every step in the form of y: [D, T*B, H] -> [T, B, D*H], or [D, N, H] -> [N, D*H]. A copy: the derivative
     reads the original, which a program shall not change."""
-    return torch.cat(tuple(cells), dim=-1).view(*y.shape[:-1], -1)
+    return torch.cat(tuple(cells), dim=-1).view(*y.shape[:-1], cells.shape[0] * cells.shape[2])
 
 
 def given(
@@ -196,9 +214,7 @@ def check_operand(
     if tensor.shape != shape:
         got = list(tensor.shape)
         raise ValueError(f"fastrnn.{function}: {name} must be {letters} = {list(shape)}, got {got}")
-    kind = x.device.type
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if tensor.device != x.device or (tensor.dtype is not x.dtype and not mixed):
+    if tensor.device != x.device or (tensor.dtype is not x.dtype and not autocast_on(x.device)):
         expected, found = (f"{t.dtype} on {t.device}" for t in (x, tensor))
         raise ValueError(f"fastrnn.{function}: {name} must be {expected} like x, got {found}")
     if mask and tensor.requires_grad:
@@ -207,4 +223,5 @@ def check_operand(
 
 def _check_device(function: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device and not tensor.is_cpu:
-        raise ValueError(f"fastrnn.{function}: {name} must be on {device} or the CPU, got {tensor.device}")
+        places = "the CPU" if device.type == "cpu" else f"{device} or the CPU"
+        raise ValueError(f"fastrnn.{function}: {name} must be on {places}, got {tensor.device}")

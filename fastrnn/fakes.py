@@ -29,7 +29,7 @@ def register(operator: Operator) -> None:
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         onnx_export.refuse_operator(operator.name)
-        checks.check_layer(operator, arguments[:count], arguments[count + 1])
+        checks.check_layer(operator, arguments[:count], arguments[count : operator.given])
         x, h0, weights = arguments[0], arguments[1], arguments[results:count]
         directions = 1 if weights[per_direction] is None else 2
         units = weights[1].shape[0] // operator.gates
@@ -45,10 +45,10 @@ def register(operator: Operator) -> None:
         return tuple(outputs)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors, extras = arguments[results : results + count], arguments[results + count :]  # and what follows
-        needs = extras[2 + operator.after_batch_sizes + 1 + operator.buffers + operator.options]
-        saved = extras[2 + operator.after_batch_sizes :][: 1 + operator.buffers]
-        checks.check_backward(operator, tensors, extras[1], arguments[:results], saved, needs)
+        tensors, extras = arguments[results : results + count], arguments[results + count : results + operator.given]
+        saved = arguments[results + operator.given :][: 1 + operator.buffers]
+        needs, *of_cells = arguments[results + operator.given + 1 + operator.buffers + operator.options :]
+        checks.check_backward(operator, tensors, extras, arguments[:results], saved, needs, *of_cells)
         tensors = (*tensors, *extras[3 : 2 + results])  # reset_h, reset_c
         x = tensors[0]
         return tuple(

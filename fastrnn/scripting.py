@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .stock import noise_options
+
 
 def scriptable(module: nn.Module) -> nn.Module:
     """torch.nn's module of the same name, on the very same parameters, buffers and hooks.
@@ -16,6 +18,9 @@ def scriptable(module: nn.Module) -> nn.Module:
     cls = type(module)
     if cls.__module__.partition(".")[0] != __package__:
         return module
+    noise = noise_options(module)
+    if noise:
+        raise TypeError(f"fastrnn: torch.nn.{cls.__name__}, which torch.jit.script takes, has no {' and no '.join(noise)}")
     stock = getattr(nn, cls.__name__)
     twin = stock.__new__(stock)
     twin.__dict__.update(module.__dict__)

@@ -7,6 +7,7 @@ also the constructor's options for noise: what they may be, and the masks that t
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ _OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
 
 def probability(module: str, name: str, value: Any) -> float:
     """The value as a float; TypeError if it is not a number, ValueError if it is outside [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"fastrnn.{module}: {name} must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"fastrnn.{module}: {name} must be a probability, in [0, 1], got {value}")
@@ -48,6 +49,15 @@ def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout:
         value = probability(name, option, value)
         if value:
             setattr(module, option, value)
+
+
+def _check_noise(module: Any) -> None:
+    """The same for options that were changed after the construction, at a call that has any of them."""
+    name = module._get_name()
+    for k, p in enumerate(_zoneouts(module)):
+        probability(name, f"zoneout[{k}]" if module._gates == 4 else "zoneout", p)
+    for option in ("recurrent_dropout", "weight_dropout"):
+        probability(name, option, getattr(module, option))
 
 
 def noise_repr(module: Any) -> str:
@@ -80,9 +90,14 @@ def forward(
         x, batch_sizes, sorted_indices, unsorted_indices = input
     if not isinstance(x, Tensor):
         raise TypeError(f"fastrnn.{name}: input must be a Tensor or a PackedSequence, got {type(x).__name__}")
+    if module.zoneout or module.recurrent_dropout or module.weight_dropout:
+        _check_noise(module)
     packed, single = batch_sizes is not None, batch_sizes is None and x.dim() == 2
     if x.dim() not in ((2,) if packed else (2, 3)):
         raise ValueError(f"fastrnn.{name}: input must have 2 or 3 dimensions, got {list(x.shape)}")
+    weight = module._parameters.get("weight_ih_l0")
+    if weight is not None and x.dtype is not weight.dtype and not extended.autocast_on(x.device):
+        raise ValueError(f"fastrnn.{name}: input must be {weight.dtype} like the weights, got {x.dtype}")
     if x.shape[-1] != module.input_size:
         raise RuntimeError(f"fastrnn.{name}: input must have {module.input_size} features, got {list(x.shape)}")
     if single:

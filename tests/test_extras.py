@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import DOORS, backward_values, call, forward, given
+from calls import CHECKED_DOORS, backward_values, call, forward, given
 from doors import monitored
 from samples import CELLS, Sample, cotangents, sample
 from test_lengths import every_cell
@@ -287,7 +287,7 @@ def small(cell: str, packed: bool = False) -> Sample:
     return sample(cell, T=T, B=B, I=I, H=H, D=D, dtype=torch.float32, lengths=(3, 1) if packed else None)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", CHECKED_DOORS)
 @pytest.mark.parametrize(
     ("name", "tensor", "message"), WRONG, ids=[f"{name}-{message[-12:]}" for name, _, message in WRONG]
 )
@@ -296,8 +296,10 @@ def test_operator_refuses_what_does_not_fit(cell, name, tensor, message, door):
     layer = small(cell)
     if name.endswith("_c") and cell != "lstm":
         pytest.skip("only the LSTM has c")
-    if tensor.is_meta and door == "dispatcher":
-        pytest.skip("the dispatcher takes the fake kernel")
+    if tensor.is_meta and door != "direct":
+        pytest.skip("the fake kernel takes it")
+    if "for sequence" in message and door == "fake":
+        pytest.skip("there are no numbers")
     with pytest.raises(RuntimeError, match=re.escape(f"fastrnn.{layer.operator}: {message}")):
         forward(door, layer, **{name: tensor})
     operator = f"{layer.operator}_backward"
@@ -305,7 +307,7 @@ def test_operator_refuses_what_does_not_fit(cell, name, tensor, message, door):
         call(door, operator, backward_values(layer) | {name: tensor})
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", CHECKED_DOORS)
 @every_cell
 def test_operator_refuses_what_does_not_go_together(cell, door):
     packed, padded = small(cell, packed=True), small(cell)
@@ -338,7 +340,7 @@ CALLS = {
         X,
         {"lengths": torch.ones(2, device="meta").long()},
         ValueError,
-        "lengths must be on cpu or the",
+        "lengths must be on the CPU, got meta",
     ),
     "lengths too long": (X, {"lengths": torch.tensor([1, 4])}, RuntimeError, "lengths must be from 0 to T = 3, got 4"),
     "lengths negative": (
