@@ -27,13 +27,17 @@ bool transform_active() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-bool is_plain(const Tensor& tensor) {
+bool is_dense(const Tensor& tensor) {
   using c10::DispatchKey, c10::DispatchKeySet;
   constexpr DispatchKeySet kCpu(DispatchKey::CPU);
   constexpr DispatchKeySet kUsual =
       kCpu | DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
   const DispatchKeySet keys = tensor.key_set();
-  if (!keys.has_all(kCpu) || (keys.raw_repr() & ~kUsual.raw_repr()) != 0) return false;
+  return keys.has_all(kCpu) && (keys.raw_repr() & ~kUsual.raw_repr()) == 0;
+}
+
+bool is_plain(const Tensor& tensor) {
+  if (!is_dense(tensor)) return false;
   const auto type = tensor.scalar_type();
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }

@@ -21,7 +21,8 @@ LayerResults layer_with_gradient(const LayerArguments& arguments, const Recordin
 Tensor alias(const Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset = 0);
 // Whether a transform of torch.func is active.
 bool transform_active();
-// An ordinary dense tensor of the CPU, of a dtype of the kernels, without lazy bits: read as it is.
+// An ordinary dense tensor of the CPU without lazy bits: read as it is. is_plain: of a dtype of the kernels, too.
+bool is_dense(const Tensor& tensor);
 bool is_plain(const Tensor& tensor);
 
 }  // namespace fastrnn

@@ -68,11 +68,57 @@ bool weights_of(Attributes& module, const Stack& s, PyObject* row_names, size_t 
   return true;
 }
 
+// What a call has beside input and states. Undefined, null: not given.
+struct Extras {
+  Tensor lengths;                // [B]
+  Tensor reset;                  // [T, B], [B, T] with batch_first, [T] without a batch
+  const Tensor* reset_state[2];  // as hx, or [L*D, 1, ...]
+};
+
+// A tensor of the type in a Python object, which may be None; false if it is something else.
+bool dense_of(PyObject* object, at::ScalarType type, Tensor& found) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  found = THPVariable_Unpack(object);
+  return found.scalar_type() == type && is_dense(found);
+}
+
+// Extras as modules take them, their shapes checked; false if one is unusual or wrong.
+bool extras_of(PyObject* const* given, const Stack& s, const Tensor& x, int64_t T, int64_t B, Tensors& tensors,
+               Extras& extras) {
+  const bool unbatched = x.dim() == 2;
+  if (!dense_of(given[0], at::kLong, extras.lengths) || !dense_of(given[1], at::kBool, extras.reset)) return false;
+  if (extras.lengths.defined() && (unbatched || !extras.lengths.sizes().equals({B}))) return false;
+  if (!extras.reset.defined()) return given[2] == Py_None;
+  const IntArrayRef flags = extras.reset.sizes();
+  if (!(unbatched ? flags.equals({T}) : s.batch_first ? flags.equals({B, T}) : flags.equals({T, B}))) return false;
+  if (given[2] == Py_None) return true;
+  if (!states_of(given[2], s.cell, tensors, extras.reset_state)) return false;
+  const int64_t widths[2] = {s.R, s.H};
+  for (int k = 0; k < 2; ++k) {
+    if (extras.reset_state[k] == nullptr) continue;
+    const IntArrayRef sizes = extras.reset_state[k]->sizes();
+    if (unbatched
+            ? !sizes.equals({s.L * s.D, widths[k]})
+            : sizes.size() != 3 || sizes[0] != s.L * s.D || (sizes[1] != B && sizes[1] != 1) || sizes[2] != widths[k]) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // All layers without gradient: the states of layer l are slices of those of the call, and its y is the x of the next.
 LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArguments>& layers, const Tensor& x,
-                        const Tensor* (&hx)[2], int64_t B) {
+                        const Tensor* (&hx)[2], const Extras& extras, int64_t B) {
   const auto type = x.scalar_type();
   const bool lstm = s.cell == Cell::lstm;
+  Tensor reset;
+  if (extras.reset.defined()) {
+    const IntArrayRef strides = extras.reset.strides();
+    const bool swapped = s.batch_first && strides.size() == 2;
+    reset = alias(extras.reset, {x.size(0), B},
+                  {strides[swapped ? 1 : 0], strides.size() == 1 || swapped ? strides[0] : strides[1]});
+  }
   LayerResults all;
   all.y = x;
   if (s.L > 1) {
@@ -87,7 +133,8 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
   for (int64_t l = 0; l < s.L; ++l) {
     const auto slice = [&](const Tensor& states, int64_t width) {
       const IntArrayRef strides = states.strides();
-      const int64_t along = states.dim() == 3 ? strides[1] : strides[0];  // an unbatched state has no B
+      const bool one = states.dim() == 2 || states.size(1) == 1;  // without B, or one row for the whole batch
+      const int64_t along = one ? 0 : strides[1];
       return alias(states, {s.D, B, width}, {strides[0], along, states.stride(-1)}, l * s.D * strides[0]);
     };
     LayerArguments a = layers[static_cast<size_t>(l)];
@@ -96,6 +143,11 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
     const Tensor c0 = !lstm ? Tensor() : hx[0] == nullptr ? zero_c : slice(*hx[1], s.H);
     a.x = &below, a.h0 = &h0;
     if (lstm) a.c0 = &c0;
+    Tensor reset_h, reset_c;
+    if (extras.lengths.defined()) a.lengths = &extras.lengths;
+    if (reset.defined()) a.reset = &reset;
+    if (extras.reset_state[0] != nullptr) a.reset_h = &(reset_h = slice(*extras.reset_state[0], s.R));
+    if (extras.reset_state[1] != nullptr) a.reset_c = &(reset_c = slice(*extras.reset_state[1], s.H));
     LayerResults given;
     if (s.L > 1) {
       given.h_n = slice(all.h_n, s.R);
@@ -109,8 +161,8 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
 }
 
 // One layer with gradient, through views that torch differentiates.
-LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input, const Tensor* (&hx)[2], int64_t B,
-                          bool unbatched, bool recompute) {
+LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input, const Tensor* (&hx)[2],
+                          const Extras& extras, int64_t B, bool unbatched, bool recompute) {
   const auto type = input.scalar_type();
   const bool lstm = s.cell == Cell::lstm;
   const Tensor x = unbatched ? input.unsqueeze(1) : s.batch_first ? input.transpose(0, 1) : input;
@@ -124,6 +176,17 @@ LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input,
   }
   a.x = &x, a.h0 = &h0;
   if (lstm) a.c0 = &c0;
+  Tensor reset, reset_h, reset_c;
+  if (extras.lengths.defined()) a.lengths = &extras.lengths;
+  if (extras.reset.defined()) {
+    reset = unbatched ? extras.reset.unsqueeze(1) : s.batch_first ? extras.reset.transpose(0, 1) : extras.reset;
+    a.reset = &reset;
+  }
+  const auto rows = [&](const Tensor& state, int64_t width) {
+    return unbatched ? state.unsqueeze(1) : state.size(1) == B ? state : state.expand({s.D, B, width});
+  };
+  if (extras.reset_state[0] != nullptr) a.reset_h = &(reset_h = rows(*extras.reset_state[0], s.R));
+  if (extras.reset_state[1] != nullptr) a.reset_c = &(reset_c = rows(*extras.reset_state[1], s.H));
   // torch's own LSTM saves y as well, where oneDNN computes it; elsewhere a program may change what torch returns.
   Recording recording;
   recording.own_y = !(lstm && type == at::kFloat && s.D == 1 && s.P == 0);
@@ -159,8 +222,8 @@ bool list_agrees(Attributes& module, PyObject* rows) {
 
 PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 5 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
-                   "layer_call: expected (own, gates, recompute, input, hx)");
+  TORCH_CHECK_TYPE(count == 8 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
+                   "layer_call: expected (own, gates, recompute, input, hx, lengths, reset, reset_state)");
   PyObject *const input = arguments[3], *const hx = arguments[4];
   if (!ordinary_state()) Py_RETURN_NONE;
   Attributes module(arguments[0]);
@@ -173,7 +236,7 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
 
-  Tensors tensors(static_cast<size_t>(3 + s.L * s.D * 5));
+  Tensors tensors(static_cast<size_t>(5 + s.L * s.D * 5));
   const Tensor* const x = tensors.add(input);
   const Tensor* states[2] = {};
   if (x == nullptr || (hx != Py_None && !states_of(hx, s.cell, tensors, states))) Py_RETURN_NONE;
@@ -189,6 +252,8 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const bool fits = unbatched ? sizes.equals({s.L * s.D, widths[k]}) : sizes.equals({s.L * s.D, B, widths[k]});
     if (!fits) Py_RETURN_NONE;
   }
+  Extras extras{};
+  if (!extras_of(arguments + 5, s, *x, T, B, tensors, extras)) Py_RETURN_NONE;
 
   THPObjectPtr owner;
   const Prepacked* const prepacked = module.prepacked(owner);
@@ -215,14 +280,14 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release free;
     if (recorded) {
-      results = record_layer(s, layers[0], *x, states, B, unbatched, arguments[2] == Py_True);
+      results = record_layer(s, layers[0], *x, states, extras, B, unbatched, arguments[2] == Py_True);
     } else {
       const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
       const IntArrayRef strides = x->strides();
       const Tensor major = unbatched ? alias(*x, {T, 1, s.I}, {strides[0], strides[0], strides[1]})
                            : swapped ? alias(*x, {T, B, s.I}, {strides[1], strides[0], strides[2]})
                                      : *x;
-      results = run_layers(s, layers, major, states, B);
+      results = run_layers(s, layers, major, states, extras, B);
       const int64_t width = s.D * s.R;
       if (unbatched) {
         set_sizes(results.y, {T, width});

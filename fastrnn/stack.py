@@ -188,13 +188,16 @@ class Stack(HasStock, nn.RNNBase):
         Raises:
             ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
         """
-        noisy = self.zoneout or self.recurrent_dropout or self.weight_dropout
-        if noisy or return_all_states or not (lengths is reset is reset_state is None):
-            return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
-        if not is_compiling() and autograd._C is not None:  # the short way, for ordinary calls: csrc/module_call.cpp
-            output = autograd._C.layer_call(self.__dict__, self._gates, self.recompute, input, hx)
+        more = return_all_states or self.zoneout or self.recurrent_dropout or self.weight_dropout
+        if not (more or is_compiling()) and autograd._C is not None:
+            # The short way, for ordinary calls: csrc/layer_call.cpp.
+            output = autograd._C.layer_call(
+                self.__dict__, self._gates, self.recompute, input, hx, lengths, reset, reset_state
+            )
             if output is not None:
                 return output
+        if more or not (lengths is reset is reset_state is None):
+            return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
         else:

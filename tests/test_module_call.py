@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from samples import cotangents
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from twins import CELLS, LAYERS, NAMES, STEPS, an_input, random_state, tensors_of, training_step, twins
+from twins import CELLS, LAYERS, NAMES, STEPS, an_input, like, random_state, tensors_of, training_step, twins
 
 import fastrnn
-from fastrnn import extension
+from fastrnn import autograd, extension
 from fastrnn.stack import Stack
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -126,12 +127,20 @@ def test_ordinary_calls_take_the_short_way(name, gradient, monkeypatch):
         module(x[:, 0] if name in LAYERS else x[0])
 
 
-def short(module: nn.Module, x: object, hx: object = None) -> object:
+def short(
+    module: nn.Module,
+    x: object,
+    hx: object = None,
+    *,
+    lengths: object = None,
+    reset: object = None,
+    reset_state: object = None,
+) -> object:
     """What the short way answers; None: it leaves the call to the long way."""
     gates = 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3 if isinstance(module, nn.GRU | nn.GRUCell) else 1
     if isinstance(module, nn.RNNCellBase):
         return extension.module.cell_call(module.__dict__, gates, x, hx)
-    return extension.module.layer_call(module.__dict__, gates, False, x, hx)
+    return extension.module.layer_call(module.__dict__, gates, False, x, hx, lengths, reset, reset_state)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -232,31 +241,97 @@ def test_lengths_resets_and_every_state_are_not_lost_on_the_short_way(name):
         assert len(module(x, return_all_states=True)) == 3
 
 
-@pytest.mark.parametrize("extra", ["lengths", "reset", "reset_h", "reset_c", "h_mask", "zoneout_h", "zoneout_c"])
+def extras_of(module: nn.Module, T: int, B: int, one_row: bool) -> dict[str, object]:
+    """lengths, reset and reset_state for an input of these sizes."""
+    directions, rows = 2 if module.bidirectional else 1, 1 if one_row else B
+    state = torch.randn(module.num_layers * directions, rows, module.hidden_size, dtype=module.weight_hh_l0.dtype)
+    reset = torch.rand(T, B) < 0.4
+    return {
+        "lengths": torch.arange(B) % (T + 1),
+        "reset": reset.T if module.batch_first else reset,
+        "reset_state": (state, 2 * state) if isinstance(module, nn.LSTM) else state,
+    }
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_first", "batch_first"])
+@pytest.mark.parametrize("one_row", [False, True], ids=["state_of_rows", "state_of_all"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_lengths_and_resets_take_the_short_way(name, one_row, batch_first, recorded, monkeypatch):
+    module = getattr(fastrnn, name)(3, 5, 1 if recorded else 2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(*((4, 6) if batch_first else (6, 4)), 3)
+    given = extras_of(module, 6, 4, one_row)
+    results = []
+    for way in ("short", "long"):
+        if way == "long":
+            monkeypatch.setattr(autograd._C, "layer_call", lambda *_: None)
+        leaves = [x.clone().requires_grad_(recorded), *tensors_of(given["reset_state"])]
+        states = [t.clone().requires_grad_(recorded) for t in leaves[1:]]
+        own = given | {"reset_state": tuple(states) if name == "LSTM" else states[0]}
+        with torch.set_grad_enabled(recorded):
+            found = module(leaves[0], **own) if way == "long" else short(module, leaves[0], **own)
+        outputs = tensors_of(found)
+        if recorded:
+            outputs += torch.autograd.grad(outputs, [leaves[0], *states, *module.parameters()], cotangents(outputs))
+        results.append(outputs)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_sequence_alone_is_reset_on_the_short_way(name):
+    module, x = getattr(fastrnn, name)(3, 5), torch.randn(6, 3)
+    reset = torch.tensor([False, False, True, False, True, False])
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y, _ = short(module, x, reset=reset)
+            assert torch.equal(y, module(x[:, None], reset=reset[:, None])[0][:, 0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_unusual_of_lengths_and_resets_goes_the_long_way(name):
+    module, x = getattr(fastrnn, name)(3, 5), torch.randn(6, 2, 3)
+    reset, state = torch.zeros(6, 2, dtype=torch.bool), torch.zeros(1, 2, 5)
+    pair = (state, state) if name == "LSTM" else state
+    for unusual in (
+        {"lengths": [1, 2]},
+        {"lengths": torch.tensor([1, 2], dtype=torch.int32)},
+        {"lengths": torch.tensor([1, 2, 3])},
+        {"lengths": torch.tensor([1, 2], device="meta")},
+        {"lengths": torch._neg_view(torch.tensor([-1, -2]))},
+        {"reset": reset.T},
+        {"reset": reset.byte()},
+        {"reset": reset[:, 0]},
+        {"reset": reset.to_sparse()},
+        {"reset_state": pair},
+        {"reset": reset, "reset_state": like(pair, lambda t: t.double())},
+        {"reset": reset, "reset_state": like(pair, lambda t: t[..., :4])},
+        {"reset": reset, "reset_state": like(pair, lambda t: t[0])},
+        {"reset": reset, "reset_state": like(pair, lambda t: t.expand(2, -1, -1))},
+        {"reset": reset, "reset_state": [state]},
+    ):
+        assert short(module, x, **unusual) is None, unusual
+    assert short(module, x[:, 0], lengths=torch.tensor([3])) is None
+    assert short(module, x, lengths=torch.tensor([1, 2]), reset=reset, reset_state=pair) is not None
+
+
+@pytest.mark.parametrize("extra", ["h_mask", "zoneout_h", "zoneout_c"])
 def test_functions_with_gradient_refuse_what_they_would_lose(extra):
     module, x = fastrnn.LSTM(3, 5), torch.randn(6, 2, 3)
     state = torch.zeros(1, 2, 5)
-    extras = {
-        "lengths": torch.tensor([6, 2]),
-        "batch_sizes": None,
-        "reset": torch.zeros(6, 2, dtype=torch.bool),
-        "reset_h": state,
-        "reset_c": state,
-        "h_mask": state,
-        "zoneout_h": torch.zeros(6, 2, 5),
-        "zoneout_c": torch.zeros(6, 2, 5),
-    }
+    extras = dict.fromkeys(("lengths", "batch_sizes", "reset", "reset_h", "reset_c"))
+    extras |= {"h_mask": state, "zoneout_h": torch.zeros(6, 2, 5), "zoneout_c": torch.zeros(6, 2, 5)}
     given = [value if name == extra else None for name, value in extras.items()]
-    with pytest.raises(RuntimeError, match="lstm_layer_with_gradient: takes batch_sizes alone"):
+    with pytest.raises(RuntimeError, match="lstm_layer_with_gradient: takes no masks"):
         extension.module.lstm_layer_with_gradient(x, state, state, *module.parameters(), *(None,) * 6, *given, True)
 
 
 def test_wrong_arguments_are_refused():
-    for arguments in ((), (3, 4, False, None, None), ({}, "4", False, None, None)):
+    none = (None,) * 5
+    for arguments in ((), (3, 4, False, *none), ({}, "4", False, *none), ({}, 4, False, None, None)):
         with pytest.raises(TypeError, match="layer_call: expected"):
             extension.module.layer_call(*arguments)
         with pytest.raises(TypeError, match="cell_call: expected"):
             extension.module.cell_call(*arguments)
-    assert extension.module.layer_call({}, 4, False, None, None) is None
-    assert extension.module.layer_call({"_parameters": {}}, 4, False, None, None) is None
+    assert extension.module.layer_call({}, 4, False, *none) is None
+    assert extension.module.layer_call({"_parameters": {}}, 4, False, *none) is None
     assert extension.module.cell_call({"_parameters": 3}, 4, None, None) is None
