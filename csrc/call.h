@@ -130,8 +130,8 @@ bool states_of(PyObject* hx, Cell cell, Tensors& tensors, const Tensor* (&states
 // Raises if a call that needs a gradient is made inside `with fastrnn.prepacked(module):`.
 void refuse_gradient(const Prepacked* prepacked, bool recorded);
 
-// layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state) and cell_call(own, gates, input, hx): own is
-// the module's __dict__.
+// layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state) and cell_call(own, gates, input, hx): own
+// is the module's __dict__.
 PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

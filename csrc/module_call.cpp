@@ -103,8 +103,8 @@ PyObject* is_ordinary(PyObject*, PyObject* given) {
 
 PyMethodDef methods[] = {
     {"layer_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer_call)), METH_FASTCALL,
-     "layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state): a module's forward, or None if the call "
-     "is not an ordinary one."},
+     "layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state): a module's forward, or None if it is "
+     "not an ordinary call."},
     {"cell_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell_call)), METH_FASTCALL,
      "cell_call(own, gates, input, hx): a cell's forward, or None if the call is not an ordinary one."},
     {"is_ordinary", is_ordinary, METH_O, "Whether the kernels take all of these tensors as they are."},

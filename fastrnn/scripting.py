@@ -13,14 +13,15 @@ def scriptable(module: nn.Module) -> nn.Module:
 
     TorchScript compiles torch.nn's own modules and none that is derived from them, so a subclass by a user, which has a
     forward of its own, is returned as it is. torch puts what this returns into the model that is scripted, too: there
-    fastrnn.convert() brings fastrnn's modules back.
+    fastrnn.convert() brings fastrnn's modules back. A module with noise, which torch.nn's has not, is refused.
     """
     cls = type(module)
     if cls.__module__.partition(".")[0] != __package__:
         return module
     noise = noise_options(module)
     if noise:
-        raise TypeError(f"fastrnn: torch.nn.{cls.__name__}, which torch.jit.script takes, has no {' and no '.join(noise)}")
+        missing = " and no ".join(noise)
+        raise TypeError(f"fastrnn: torch.jit.script takes torch.nn.{cls.__name__}, which has no {missing}")
     stock = getattr(nn, cls.__name__)
     twin = stock.__new__(stock)
     twin.__dict__.update(module.__dict__)
