@@ -180,7 +180,10 @@ class TorchContender:
         """The results of one call, with the gradients where the pass trains."""
         function = self.function()
         with torch.inference_mode(not self._problem.training):
-            result = function()
+            return self.named(function())
+
+    def named(self, result: object) -> Outputs:
+        """What the function of this contender returned, and the gradients that it left, by their names."""
         if self._cell is not None:
             states = result if isinstance(result, tuple) else (result,)
             found = dict(zip(("h_n", "c_n"), states, strict=False))
