@@ -1,26 +1,79 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fixtures of all tests: the instruction sets of this machine, and a fixed seed."""
+"""Fixtures of all tests: the instruction sets of this machine, the device, and a fixed seed."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
+import placement
 import pytest
 import torch
 
 from fastrnn import extension
 
 
-def _isas() -> list[object]:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="auto",
+        help="devices for the tests that can run on any: cpu, cuda, or cpu,cuda (default: both where both are there). "
+        "Without cpu, tests of the CPU alone are left out.",
+    )
+
+
+DEVICES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DEVICES] = placement.chosen(config.getoption("device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """On the CPU alone nothing changes, ids included; else a test that can run on any device runs on each of them."""
+    devices = metafunc.config.stash[DEVICES]
+    is_on_every = metafunc.module.__name__ in placement.ON_EVERY_DEVICE
+    is_of_cpu = "compiled" in metafunc.fixturenames or metafunc.definition.get_closest_marker("cpu_alone")
+    if not is_on_every or is_of_cpu:
+        devices = ["cpu"]
+    if "isa" not in metafunc.fixturenames:
+        if devices != ["cpu"]:
+            metafunc.parametrize("device", devices, indirect=True)
+        return
+    if devices == ["cpu"]:
+        metafunc.parametrize("isa", ISAS, indirect=True)
+        return
+    pairs = [pytest.param(isa, "cpu", id=str(isa)) for isa in ISAS if "cpu" in devices]
+    pairs += [pytest.param(None, device, id=device) for device in devices if device != "cpu"]
+    metafunc.parametrize(("isa", "device"), pairs, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the CPU among the devices: only what runs on the others."""
+    devices = config.stash[DEVICES]
+    if "cpu" in devices:
+        return
+    elsewhere = [item for item in items if _device_of(item) in devices or item.module.__name__ == "test_cuda"]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(elsewhere)])
+    items[:] = elsewhere
+
+
+def _device_of(item: pytest.Item) -> str:
+    return item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"
+
+
+ISAS = ["none"] if extension.module is None else list(extension.module.available_isas())
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The test once for each instruction set that this machine has; the one chosen before is restored. On another
+    device there is nothing to choose, and the value is None."""
     if extension.module is None:
-        reason = f"the extension is not loaded: {extension.reason}"
-        return [pytest.param("none", marks=pytest.mark.skip(reason=reason))]
-    return list(extension.module.available_isas())
-
-
-@pytest.fixture(params=_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test once for each instruction set that this machine has; the one chosen before is restored."""
+        pytest.skip(f"the extension is not loaded: {extension.reason}")
+    if request.param is None:
+        yield None
+        return
     before = extension.module.isa()
     extension.module.select_isa(request.param)
     yield request.param
@@ -38,3 +91,11 @@ def compiled() -> object:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of this test (--device), on which torch's factories make their tensors."""
+    chosen = torch.device(getattr(request, "param", "cpu"))
+    with contextlib.nullcontext() if chosen.type == "cpu" else placement.placed(chosen):
+        yield chosen

@@ -142,6 +142,7 @@ def test_relu_on_small_integers_is_exact(dtype):
         assert torch.equal(ours_result, theirs_result)
 
 
+@pytest.mark.cpu_alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_half_precision_is_float32_rounded_once_per_layer(cell, dtype):
@@ -194,6 +195,7 @@ def test_outputs_and_gradients_are_contiguous_and_own_their_memory(cell):
         assert torch.equal(tensor, old)
 
 
+@pytest.mark.cpu_alone
 @pytest.mark.parametrize("cell", CELLS)
 def test_ordinary_calls_take_the_kernel(cell, monkeypatch):
     def refuse(*_):

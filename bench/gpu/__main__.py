@@ -30,10 +30,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, to test the program")
-    add("--minutes", type=float, default=9.0, metavar="M", help="time for all of it (default 9); rows beyond are left out")
+    add(
+        "--minutes",
+        type=float,
+        default=9.0,
+        metavar="M",
+        help="time for all of it (default 9); rows beyond are left out",
+    )
     add("--seconds", type=float, default=0.3, metavar="S", help="of samples for each contender of a row (default 0.3)")
     add("--level", type=int, default=9, metavar="N", help="rows up to this level, 0 being the most important")
-    add("--rows", default="*", metavar="PATTERN", help="rows whose `cell shape mode pass` fits, like 'gru middle-* tf32 *'")
+    add(
+        "--rows",
+        default="*",
+        metavar="PATTERN",
+        help="rows whose `cell shape mode pass` fits, like 'gru middle-* tf32 *'",
+    )
     add("--stock", action="store_true", help="torch.nn alone")
     add("--output", type=Path, metavar="FILE", help="the JSON (default: bench/results/gpu.json); the picture beside it")
     add("--markdown", type=Path, metavar="FILE", help="also write the table for the documentation")

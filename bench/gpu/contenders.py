@@ -90,9 +90,7 @@ def own_tiers(backend: Backend) -> tuple[dict[str, Callable[[], object]], str]:
     return tiers, said
 
 
-def _plain(
-    library: ModuleType, problem: Problem, around: Callable[[], object] = contextlib.nullcontext
-) -> Contender:
+def _plain(library: ModuleType, problem: Problem, around: Callable[[], object] = contextlib.nullcontext) -> Contender:
     with torch.device(problem.x.device):
         peer = TorchContender(STOCK, library, problem)
     work = peer.function()

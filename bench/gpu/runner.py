@@ -39,7 +39,9 @@ def measure(row: Row, backend: Backend, makers: Mapping[str, Maker], seconds: fl
     with arithmetic(row.mode), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            problem = to_device(make_problem(row.cell, row.shape, row.pass_, getattr(torch, MODES[row.mode])), backend.device)
+            problem = to_device(
+                make_problem(row.cell, row.shape, row.pass_, getattr(torch, MODES[row.mode])), backend.device
+            )
             ready, judged = _checked(problem, row, backend, makers)
             found |= {**judged, "tokens": problem.tokens}
             with torch.inference_mode(not problem.training):
