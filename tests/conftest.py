@@ -26,7 +26,9 @@ DEVICES = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DEVICES] = placement.chosen(config.getoption("device"))
+    config.stash[DEVICES] = devices = placement.chosen(config.getoption("device"))
+    if devices != ["cpu"]:  # torch.nn's complaint about copies of modules in the memory that cuDNN wants
+        config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,7 +55,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     devices = config.stash[DEVICES]
     if "cpu" in devices:
         return
-    elsewhere = [item for item in items if _device_of(item) in devices or item.module.__name__ == "test_cuda"]
+    elsewhere = [
+        item for item in items if _device_of(item) in devices or item.module.__name__ in ("test_cuda", "test_gpu_bench")
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(elsewhere)])
     items[:] = elsewhere
 

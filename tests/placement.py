@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastrnn
+
 FACTORIES = ("empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros")
 
 # The test files that ask nothing of the device that they run on. Not in a file: a test with the fixture `compiled`, or
@@ -56,8 +58,11 @@ def float32_products(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def placed(device: torch.device) -> Iterator[None]:
-    """A block in which torch's factories make tensors on the device, and float32 products are exact, as on the CPU."""
-    with pytest.MonkeyPatch.context() as patch, float32_products("ieee"):
+    """A block in which torch's factories make tensors on the device, float32 products are exact, as on the CPU, and
+    layers on CUDA take fastrnn's kernels: left to itself, fastrnn may choose cuDNN, which needs no tests here."""
+    force = getattr(fastrnn, "cuda_tier", None)
+    own = force("tier0") if force and device.type == "cuda" else contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch, float32_products("ieee"), own:
         for name in FACTORIES:
             patch.setattr(torch, name, moving(getattr(torch, name), device))
         yield

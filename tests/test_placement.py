@@ -38,7 +38,7 @@ def test_device_is_a_parameter_only_where_it_is_chosen():
 
 
 def _renamed(cpu: list[str], both: list[str]) -> list[str]:
-    """The tests of the CPU as they are called where there is a choice: their number is the same, and their functions."""
+    """The tests of the CPU as they are called where there is a choice: no fewer, and of the same functions."""
     of_cpu = [name for name in both if "meta" not in name]
     assert [name.partition("[")[0] for name in of_cpu] == [name.partition("[")[0] for name in cpu]
     return of_cpu

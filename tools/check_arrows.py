@@ -108,7 +108,7 @@ def faults() -> Iterator[str]:
             path = file.relative_to(ROOT).as_posix()
             yield from (f"{path} {fault}" for fault in include_faults(path, file.read_text()))
     for folder in ("fastrnn", "bench", "examples"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             path, tree = file.relative_to(ROOT).as_posix(), ast.parse(file.read_text())
             if folder == "fastrnn" and file.stem != "_build":
                 found = package_faults(path, tree)

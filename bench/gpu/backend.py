@@ -152,11 +152,12 @@ Backend = Cpu | Cuda
 
 @contextlib.contextmanager
 def arithmetic(mode: str) -> Iterator[None]:
-    """float32 products with TF32 in mode "tf32", exact in every other, for torch.nn with and without cuDNN alike."""
+    """float32 products exact in the modes float32 and float64, for torch.nn with and without cuDNN alike. In every other
+    they may use TF32, as by default: cuDNN leaves the matrix units where they may not, also for bfloat16."""
     settings = (torch.backends.cudnn.rnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
-        setting.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+        setting.fp32_precision = "ieee" if mode in ("float32", "float64") else "tf32"
     try:
         yield
     finally:

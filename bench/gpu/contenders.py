@@ -8,6 +8,7 @@ A contender is made when its turn comes to be checked, so that one that cannot r
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -26,7 +27,8 @@ STOCK_GRAPH = "torch.nn graph"
 STOCK_WITHOUT_CUDNN = "torch.nn no cuDNN"
 OURS = "fastrnn"
 OURS_GRAPH = "fastrnn graph"
-PEERS = (STOCK, STOCK_GRAPH, STOCK_WITHOUT_CUDNN)
+TIERS = ("tier0", "tier1", "tier2")  # what fastrnn.cuda_tier may know
+KERNEL = "-> kernel"  # in fastrnn.explain's sentence, where a call takes fastrnn's own code
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def to_device(problem: Problem, device: torch.device) -> Problem:
 def reference(problem: Problem) -> Outputs:
     """torch.nn's outputs in float64 on the same numbers and the same device."""
     with torch.device(problem.x.device):
-        return TorchContender("float64", nn, problem.double()).outputs()
+        exact = TorchContender("float64", nn, problem.double())
+    return exact.outputs()
 
 
 def makers(backend: Backend, tiers: dict[str, Callable[[], object]]) -> dict[str, Callable[[Problem], Contender]]:
@@ -82,12 +85,26 @@ def makers(backend: Backend, tiers: dict[str, Callable[[], object]]) -> dict[str
 def own_tiers(backend: Backend) -> tuple[dict[str, Callable[[], object]], str]:
     """fastrnn's ways to compute on the device, "" being its own choice; none, and the reason, without kernels there."""
     layer = fastrnn.LSTM(8, 8).to(backend.device)
+    x = torch.zeros(1, 1, 8, device=backend.device)
+    found: dict[str, Callable[[], object]] = {}
+    said = _explained(layer, x)
+    force = getattr(fastrnn, "cuda_tier", None)
+    for name in TIERS if force else ():
+        try:
+            with force(name):
+                forced = _explained(layer, x)
+        except ValueError:  # a tier that this version does not have
+            continue
+        if KERNEL in forced:
+            found[name] = functools.partial(force, name)
+    if found or KERNEL in said:
+        found = {"": contextlib.nullcontext, **found}
+    return found, said
+
+
+def _explained(layer: nn.Module, x: Tensor) -> str:
     with torch.no_grad():
-        said = fastrnn.explain(layer, torch.zeros(1, 1, 8, device=backend.device))
-    if "-> kernel" not in said:
-        return {}, said
-    tiers: dict[str, Callable[[], object]] = {"": contextlib.nullcontext}
-    return tiers, said
+        return fastrnn.explain(layer, x)
 
 
 def _plain(library: ModuleType, problem: Problem, around: Callable[[], object] = contextlib.nullcontext) -> Contender:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which of cuDNN's algorithms PyTorch takes for a call of nn.LSTM, GRU or RNN, as a function of sizes. Used by runner.py.
+"""Which of cuDNN's algorithms PyTorch takes for a call of nn.LSTM, GRU or RNN, by sizes. Used by runner.py.
 
 PyTorch decides by itself and offers no switch: `get_algo` and its heuristics in aten/src/ATen/native/cudnn/RNN.cpp
 (torch 2.11 to 2.13), restated here from that source. PERSIST_DYNAMIC is never taken. Forward and backward ask
@@ -43,7 +43,7 @@ def algorithm(cell: str, shape: Shape, mode: str, card: Card, *, packed: bool = 
     """
     if shape.P or packed or mode == "float64":
         return STANDARD
-    if card.major >= 6 and shape.H <= SMALL_H_LIMITS[cell][backward]:
+    if card.major >= 6 and SMALL_H_LIMITS[cell][backward] >= shape.H:
         return SMALL_H
     if mode == "float16" and _sizes_persist(shape) and _card_persists(cell, shape, card):
         return PERSIST_STATIC

@@ -20,7 +20,7 @@ from ..shapes import GATES, Shape
 
 @dataclass(frozen=True)
 class Limits:
-    """One kind of card. flops: dense peak in FLOP/s by mode; bytes of weights that fit on the chip, and in a cluster."""
+    """One kind of card. flops: dense peak in FLOP/s by mode; on_chip, cluster: bytes of weights that fit."""
 
     flops: dict[str, float]
     memory: float  # bytes per second

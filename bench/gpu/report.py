@@ -75,7 +75,11 @@ def means(rows: Iterable[Row]) -> list[dict[str, object]]:
         logarithms = [math.log(row["ratio"][name]) for row in group]
         found.append(
             {
-                **{"contender": name, "cell": cell, "mode": mode, "pass": pass_, "rows": len(group)},
+                "contender": name,
+                "cell": cell,
+                "mode": mode,
+                "pass": pass_,
+                "rows": len(group),
                 "mean": math.exp(sum(logarithms) / len(group)),
                 "worst": worst["ratio"][name],
                 "worst_shape": worst["shape"],
@@ -111,8 +115,8 @@ def markdown(result: Mapping[str, object]) -> str:
         f"{card.get('cudnn', '-')}, fastrnn {card['fastrnn']} at `{result['commit'] or 'no commit'}`; "
         f"`{result['command']}`.",
         "",
-        "Times are medians of a call of torch.nn, other columns how many times faster than it; **bold**: fastrnn slower "
-        "by more than the noise. Floor: the least time by arithmetic and latency.",
+        "Times are medians of a call of torch.nn, other columns how many times faster than it; **bold**: fastrnn "
+        "slower by more than the noise. Floor: the least time by arithmetic and latency.",
         "",
         f"| cell | shape | mode | pass | cuDNN | torch.nn | {' | '.join(columns)} | floor |",
         "|" + "---|" * 5 + "--:|" * (len(columns) + 2),

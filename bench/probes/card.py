@@ -2,7 +2,7 @@
 """The card, measured: compiles and runs the programs of bench/probes/cuda, and prints and keeps what they found.
 
     python bench/probes/card.py                     # bench/results/card.json
-    python bench/probes/card.py --compile-only      # needs no GPU: every program for sm_80 and sm_90a, warnings as errors
+    python bench/probes/card.py --compile-only      # no GPU: all for sm_80 and sm_90a, warnings as errors
 
 Latency of a barrier over 8 to 132 blocks, of a cluster's barrier and messages, of L2 and of launches; whether a
 cooperative launch can be captured in a graph. nvcc is all that it needs. A program has a minute; each checks its own
