@@ -152,8 +152,8 @@ Backend = Cpu | Cuda
 
 @contextlib.contextmanager
 def arithmetic(mode: str) -> Iterator[None]:
-    """float32 products exact in the modes float32 and float64, for torch.nn with and without cuDNN alike. In every other
-    they may use TF32, as by default: cuDNN leaves the matrix units where they may not, also for bfloat16."""
+    """float32 products exact in the modes float32 and float64, for torch.nn with and without cuDNN alike. In every
+    other they may use TF32, as by default: cuDNN leaves the matrix units where they may not, also for bfloat16."""
     settings = (torch.backends.cudnn.rnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:

@@ -5,8 +5,8 @@
     python -m bench.probes.cudnn_algorithms --device cpu --steps 3      # tests the program
 
 PyTorch takes the algorithm by sizes, and always STANDARD for a PackedSequence. So each layer is timed on a padded
-batch, with the algorithm that PyTorch takes for it, and on the same batch packed at full length, with STANDARD: microseconds a
-step, forward and forward with backward, for each mode of arithmetic.
+batch, with the algorithm that PyTorch takes for it, and on the same batch packed at full length, with STANDARD:
+microseconds a step, forward and forward with backward, for each mode of arithmetic.
 """
 
 from __future__ import annotations
