@@ -20,6 +20,7 @@ LENGTHS = {
     "unsorted": (2, 5, 1, 3, 3),
     "equal": (5, 5, 5),
     "short": (2, 3, 1),
+    "together_at_first": (3, 5, 2, 4),
     "one_long": (1, 5, 1, 1, 1, 1, 1),
     "wide": (1, 5, 2, 5, 3, 5, 5, 1, 4, 3, 3, 3, 2, 2, 2, 5, 2, 1, 1),
 }
@@ -54,7 +55,7 @@ def a_state(cell: str, options: dict, batch: int, dtype: torch.dtype = torch.flo
 
 def an_input(batch: int, batch_first: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     x = torch.randn(T, batch, 4, generator=torch.Generator().manual_seed(4), dtype=dtype)
-    return x.transpose(0, 1) if batch_first else x
+    return x.transpose(0, 1).contiguous() if batch_first else x
 
 
 def packed_call(module: nn.Module, x: Tensor, hx: object, lengths: Tensor) -> tuple[Tensor, object]:
@@ -89,7 +90,7 @@ def test_outputs_are_those_of_a_packed_sequence(cell, options, lengths, dtype):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("lengths", ["unsorted", "short", "wide"])
+@pytest.mark.parametrize("lengths", ["unsorted", "short", "together_at_first", "wide"])
 @with_options
 def test_gradients_are_as_accurate_as_torch_nn_with_packing(cell, options, lengths):
     skip_projection(cell, options)

@@ -204,7 +204,8 @@ class ForwardSweep {
       for (int64_t t = t0; t < t1; ++t) {
         const int64_t n = rows_.active(t);
         for (int64_t row = 0; row < n; ++row, to += layer_.I) {
-          const Scalar* from = rows_.template x<Scalar>(t, row);
+          const Scalar* from =
+              whole_ ? rows_.template x_in_batch_order<Scalar>(t, row) : rows_.template x<Scalar>(t, row);
           for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
         }
       }
