@@ -46,7 +46,7 @@ def fold(tensor: Tensor, dim: int | None, members: int, rows: int) -> Tensor:
 
 def unfold(tensor: Tensor, members: int, rows: int) -> Tensor:
     """fold() undone: the members stand in dimension rows + 1."""
-    return tensor.unflatten(rows, (tensor.shape[rows] // members, members))
+    return torch.unflatten(tensor, rows, (tensor.shape[rows] // members, members))
 
 
 def rows_of(operator: Any, packed: bool) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import autograd
+from . import autograd, folding, tracing
 from .scripting import scriptable
 from .stack import States, Weights, read_weights, refuse_recording
 from .stock import HasStock
@@ -21,10 +21,14 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _short_way(cell: nn.RNNCellBase, gates: int, input: Tensor, hx: Any) -> Any:
-    """The whole call in csrc/module_call.cpp; None if the call is not an ordinary one."""
-    if is_compiling() or autograd._C is None:
+    """The whole call in csrc/module_call.cpp, as a node of torch.fx, or on the batch of all members of a vmap; None if
+    it is neither."""
+    if is_compiling():
         return None
-    return autograd._C.cell_call(cell.__dict__, gates, input, hx)
+    output = None if autograd._C is None else autograd._C.cell_call(cell.__dict__, gates, input, hx)
+    if output is None:
+        output = tracing.as_leaf(cell, input, hx, {})
+    return folding.cell(cell, _FORWARDS[gates], input, hx) if output is None else output
 
 
 def _layer_arguments(
@@ -158,3 +162,6 @@ class RNNCell(HasStock, nn.RNNCell):
                 _, h = autograd.rnn_layer(*layer)
                 return _one_step(input, h)
         return super().forward(input, hx)
+
+
+_FORWARDS: dict[int, Any] = {4: LSTMCell.forward, 3: GRUCell.forward, 1: RNNCell.forward}  # by gates

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, sequences
+from . import autograd, folding, sequences, tracing
 from .scripting import scriptable
 from .stock import HasStock
 
@@ -189,14 +189,18 @@ class Stack(HasStock, nn.RNNBase):
             ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
         """
         more = return_all_states or self.zoneout or self.recurrent_dropout or self.weight_dropout
-        if not (more or is_compiling()) and autograd._C is not None:
-            # The short way, for ordinary calls: csrc/layer_call.cpp.
-            output = autograd._C.layer_call(
-                self.__dict__, self._gates, self.recompute, input, hx, lengths, reset, reset_state
-            )
+        further = more or not (lengths is reset is reset_state is None)
+        if not is_compiling():
+            output = None
+            if not more and autograd._C is not None:  # the short way, for ordinary calls: csrc/layer_call.cpp
+                output = autograd._C.layer_call(
+                    self.__dict__, self._gates, self.recompute, input, hx, lengths, reset, reset_state
+                )
+            if output is None:
+                output = self._whole_call(input, hx, lengths, reset, reset_state, return_all_states)
             if output is not None:
                 return output
-        if more or not (lengths is reset is reset_state is None):
+        if further:
             return sequences.forward(self, input, hx, lengths, reset, reset_state, return_all_states)
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
@@ -275,6 +279,22 @@ class Stack(HasStock, nn.RNNBase):
         elif self.batch_first:
             y = y.transpose(0, 1)
         return y, self._join_states(states)
+
+    def _whole_call(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reset_state: Any,
+        return_all_states: bool,
+    ) -> Any:
+        """The call as a node of torch.fx's graph, or on the batch of all members of a vmap; None if it is neither."""
+        extras: dict[str, Any] = {}
+        if return_all_states or not (lengths is reset is reset_state is None):
+            extras = dict(lengths=lengths, reset=reset, reset_state=reset_state, return_all_states=return_all_states)
+        output = tracing.as_leaf(self, input, hx, extras)
+        return folding.layers(self, Stack.forward, input, hx, extras) if output is None else output
 
     def _stack(
         self,

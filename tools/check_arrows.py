@@ -26,8 +26,8 @@ TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")}
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
     ("_C", "_build"),
-    ("extension", "reference", "batching", "onnx_export", "stock"),
-    ("extras", "gradients"),
+    ("extension", "reference", "batching", "onnx_export", "stock", "tracing"),
+    ("extras", "folding", "gradients"),
     ("checks",),
     ("operators",),
     ("derivatives", "fakes"),
