@@ -11,18 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, extended, extension, operators
+from . import autograd, extended, extension, operators, sequences
 from .modules import GRU, LSTM, RNN
 from .stock import CLASSES, noise_options, spoken_name, written_class
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> str:
-    """Says in one sentence what computes module(input, hx) here and now; nothing is computed.
+def explain(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Any = None,
+    return_all_states: bool = False,
+) -> str:
+    """Says in one sentence what computes module(input, hx, ...) here and now; nothing is computed.
 
     Args:
         module: a fastrnn.LSTM, GRU, RNN or one of their cells. A stock torch.nn module is explained too.
         input: as the module would be called with.
         hx: the initial state, or None.
+        lengths: as the module, a layer, would be called with, like the arguments that follow.
+        reset: likewise.
+        reset_state: likewise.
+        return_all_states: likewise.
 
     Returns:
         "<class> -> kernel: ...", with the instruction set, whether the call records a gradient, and how the threads
@@ -38,19 +51,27 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     name = spoken_name(written)
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         raise TypeError(f"fastrnn.explain: module must be an LSTM, GRU or RNN, or a cell, got {name}")
-    if not any(base.__module__.split(".")[0] == __package__ for base in written.__mro__):
+    extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state, "return_all_states": return_all_states}
+    extras = {key: value for key, value in extras.items() if value is not None and value is not False}
+    ours = any(base.__module__.split(".")[0] == __package__ for base in written.__mro__)
+    if extras and not (ours and isinstance(module, nn.RNNBase)):
+        return f"{name} -> refused: TypeError: it takes no {' and no '.join(extras)}"
+    if not ours:
         return f"{name} -> torch: it is torch.nn's own class; fastrnn.convert turns it into fastrnn's of the same name"
     tensors = [input.data if isinstance(input, PackedSequence) else input, *_states(hx), *_weights(module)]
-    refusal = _refusal(module, input, hx, tensors)
+    tensors += [] if reset_state is None else _states(reset_state)
+    refusal = _refusal(module, input, hx, tensors, extras)
     if refusal is not None:
         return f"{name} -> refused: {refusal}"
-    noisy = bool(noise_options(module))
-    if noisy and torch.is_autocast_enabled("cpu"):  # extended.py does what autocast would, and goes on without it
+    further = bool(extras) or bool(noise_options(module))  # for which torch.nn has no code
+    if further and torch.is_autocast_enabled("cpu"):  # extended.py does what autocast would, and goes on without it
         with torch.autocast("cpu", enabled=False):
             sentence = autograd.explain_route([extended.lowered(tensor) for tensor in tensors])
     else:
         sentence = autograd.explain_route(tensors)
-    if sentence.startswith("torch") and noisy:  # torch.nn has no code for noise
+    if sentence.startswith("kernel") and further and operators.extended_needs_reference():
+        sentence = f"reference: plain PyTorch ({__package__}.reference), because torch.func differentiates"
+    if sentence.startswith("torch") and further:
         sentence = f"reference: plain PyTorch (fastrnn.reference), because {sentence.partition('because ')[2]}"
     if sharded and "DTensor" in sentence:
         sentence += "; during a call fully_shard gathers them into plain ones: explain between unshard() and reshard()"
@@ -82,7 +103,9 @@ def _weights(module: nn.RNNBase | nn.RNNCellBase) -> list[Tensor | None]:
 # ---- what is wrong -------------------------------------------------------------------------------------------------
 
 
-def _refusal(module: nn.RNNBase | nn.RNNCellBase, input: Any, hx: Any, tensors: list[Any]) -> str | None:
+def _refusal(
+    module: nn.RNNBase | nn.RNNCellBase, input: Any, hx: Any, tensors: list[Any], extras: dict[str, Any]
+) -> str | None:
     """The error that the call raises, None if none is to be expected.
 
     Found by the checks of the call itself: fastrnn's, and torch.nn's on a stock module of the same sizes without
@@ -99,6 +122,11 @@ def _refusal(module: nn.RNNBase | nn.RNNCellBase, input: Any, hx: Any, tensors: 
     try:
         if isinstance(module, (LSTM, GRU, RNN)):
             module._check_weights()
+            if extras or noise_options(module):
+                arguments: Any = (extras.get(name) for name in ("lengths", "reset", "reset_state"))
+                checked = sequences.check(module, input, hx, *arguments)
+                extended.check_range(sequences.OPERATORS[module._gates], checked.x, extras.get("lengths"))
+                return None
             if isinstance(input, PackedSequence) and hx is not None:
                 module._check_packed_states(input, hx)
         with torch.no_grad():

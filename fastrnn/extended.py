@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
-from . import autograd, extension
+from . import autograd, extension, onnx_export
 from .derivatives import extended_backward
 from .extras import Extras
 from .operators import Operator, extended_needs_reference, transforms_active
@@ -70,6 +70,13 @@ def layer(
     Returns:
         y, the final states and, if all_cells, c at every step: [D, T*B, H] or [D, N, H] in x's dtype.
     """
+    if (
+        is_exporting()
+        and torch.onnx.is_in_onnx_export()
+        and not all_cells
+        and not any(extra is not None for extra in extras[1:])
+    ):  # the first test saves the import of torch.onnx; what else there is the operator refuses
+        return onnx_export.layer(operator, tensors, batch_sizes, options, extras.lengths)
     x = tensors[0]
     if x is not None and x.is_cpu and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -79,7 +86,7 @@ def layer(
     arguments = extras.arguments(operator.gates == 4, batch_sizes)
     results = operator.results
     if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or extended_needs_reference():
-        _check_range(operator, tensors, extras.lengths)
+        check_range(operator, tensors[0], extras.lengths)
         found = operator.extended_reference(tensors, arguments, options)
         return found if all_cells else found[:results]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *extras[2:4]))
@@ -168,9 +175,8 @@ def given(
     return Extras(lengths, reset, replacements[0], replacements[1], h_mask, zoneout_h, zoneout_c)
 
 
-def _check_range(operator: Operator, tensors: Sequence[Tensor | None], lengths: Tensor | None) -> None:
+def check_range(operator: Operator, x: Tensor | None, lengths: Tensor | None) -> None:
     """What the kernel looks at by itself: lengths are from 0 to T. On another device nobody waits to see it."""
-    x = tensors[0]
     if lengths is None or x is None or not lengths.is_cpu or is_compiling() or transforms_active():
         return
     if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > x.shape[0]):

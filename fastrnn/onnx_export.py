@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A layer as ONNX's own operator, LSTM, GRU or RNN, while torch.onnx.export(..., dynamo=True) runs; called by
-autograd.py in place of the kernel.
+autograd.py and extended.py in place of the kernel.
 
 torch.nn's modules become a loop over steps there, or one of a fixed length. What differs between the two worlds is
 dealt with here, in ordinary operations on the weights, which ONNX Runtime folds when it loads a model:
@@ -8,7 +8,7 @@ dealt with here, in ordinary operations on the weights, which ONNX Runtime folds
 - gates: torch's i f g o are ONNX's i o f c, r z n are z r h; the GRU applies r after the product
   (linear_before_reset = 1), as torch does;
 - the two biases stand behind one another in one tensor, directions are a dimension of every weight, and of y;
-- a packed batch is padded, and its lengths are given as sequence_lens.
+- a packed batch is padded, and its lengths are given as sequence_lens, as are those of a padded one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _NO_PROJECTION = "ONNX's LSTM has no projection, so a module with proj_size cann
 
 
 def layer(
-    operator: Any, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, options: Sequence[bool]
+    operator: Any,
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    options: Sequence[bool],
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One layer with its directions, for torch.onnx's exporter; stands for the operator's call and computes nothing.
 
@@ -36,6 +40,7 @@ def layer(
         tensors: x, the initial states and the weights of two directions, as for the operator.
         batch_sizes: as for the operator.
         options: of an RNN whether it has relu, else empty.
+        lengths: int64 [B], steps of each sequence of a padded batch, or None.
 
     Returns:
         y and the final states, shaped as those of the operator.
@@ -56,7 +61,7 @@ def layer(
         x, *states = (tensor.float() for tensor in (x, *states))
         directions = [[None if weight is None else weight.float() for weight in row] for row in directions]
     if batch_sizes is None:
-        y, *finals = _symbol(name, x, states, directions, None, options)
+        y, *finals = _symbol(name, x, states, directions, None if lengths is None else lengths.to(torch.int32), options)
     else:
         index, valid, lengths = _padding(batch_sizes, states[0].shape[1])
         padded = x.index_select(0, index.flatten()).unflatten(0, index.shape)
@@ -78,9 +83,9 @@ def refuse_operator(name: str) -> None:
     exporter = sys.modules.get("torch.onnx")  # that import takes 45 ms, and nobody exports before it
     if exporter is not None and exporter.is_in_onnx_export():
         raise NotImplementedError(
-            f"fastrnn.{name}: ONNX has no such operator. {_NO_PROJECTION}, nor can a call with lengths, reset or "
-            "return_all_states, or a module with zoneout, recurrent or weight dropout. Anything else can: give "
-            "torch.onnx.export the module, not a program that torch.export has made of it"
+            f"fastrnn.{name}: ONNX has no such operator. {_NO_PROJECTION}, nor can a call with reset, an LSTM's with "
+            "return_all_states, a module with zoneout, or one with recurrent or weight dropout in training. Anything "
+            "else can: give torch.onnx.export the module, not a program that torch.export has made of it"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .extras import Extras
 from .operators import GRU, LSTM, RNN
 from .stock import noise_options
 
-_OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
+OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
 
 
 def probability(module: str, name: str, value: Any) -> float:
@@ -70,18 +70,26 @@ def _zoneouts(module: Any) -> tuple[float, float]:
     return tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, 0.0)
 
 
-def forward(
-    module: Any,
-    input: Tensor | PackedSequence,
-    hx: Any,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reset_state: Any,
-    return_all_states: bool,
-) -> tuple[Any, ...]:
-    """Stack.forward with what it passes on; see there.
+class Checked(NamedTuple):
+    """What a call means, found right by check()."""
 
-    Everything is checked here, since torch.nn would not know what to say.
+    x: Tensor  # [T, B, I] or packed [N, I]
+    states: tuple[Tensor, ...]  # [L*D, B, ...]
+    batch_sizes: Tensor | None
+    sorted_indices: Tensor | None
+    unsorted_indices: Tensor | None
+    single: bool  # one sequence without a batch
+    reset: Tensor | None  # [T, B]
+    resets: tuple[Tensor, ...] | None  # what replaces the states there, as they are
+
+
+def check(
+    module: Any, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, reset: Tensor | None, reset_state: Any
+) -> Checked:
+    """The arguments of modules.py's forward, in one form; TypeError, ValueError or RuntimeError where one does not fit.
+
+    Everything is checked here, since torch.nn would not know what to say; but for what lengths hold, which the kernel
+    looks at.
     """
     name, directions = module._get_name(), 2 if module.bidirectional else 1
     batch_sizes = sorted_indices = unsorted_indices = None
@@ -132,7 +140,22 @@ def forward(
         resets = _states(module, "reset_state", reset_state, lead, widths, x, expand=True)
     elif reset_state is not None:
         raise ValueError(f"fastrnn.{name}: reset_state is given without reset")
+    return Checked(x, states, batch_sizes, sorted_indices, unsorted_indices, single, reset, resets)
 
+
+def forward(
+    module: Any,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_state: Any,
+    return_all_states: bool,
+) -> tuple[Any, ...]:
+    """stack.Stack.forward with what it passes on; see there."""
+    checked = check(module, input, hx, lengths, reset, reset_state)
+    x, states, batch_sizes, sorted_indices, unsorted_indices, single, reset, resets = checked
+    packed = batch_sizes is not None
     module._refuse_recording((x, *states, *(resets or ()), *module.parameters()))
     y, finals, every_h, every_c = _stack(module, x, states, batch_sizes, lengths, reset, resets, return_all_states)
     if unsorted_indices is not None:
@@ -188,7 +211,7 @@ def _stack(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """The layers one above the other: y, the final states over L*D, and each layer's h and c at every step."""
     directions = 2 if module.bidirectional else 1
-    operator = _OPERATORS[module._gates]
+    operator = OPERATORS[module._gates]
     slots = module._weights_per_direction
     options = (module.mode == "RNN_RELU",) if module._gates == 1 else ()
     dropout = module.dropout if module.training else 0.0

@@ -205,6 +205,68 @@ def test_refusal_of_a_cell_is_the_error_of_the_call(name):
         assert explained == f"fastrnn.{name} -> refused: {type(raised.value).__name__}: {raised.value}"
 
 
+# ---- lengths, resets, every state ----------------------------------------------------------------------------------
+
+LENGTHS, RESET = torch.tensor([4, 2]), torch.tensor([[False, True]] * 4)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_calls_with_extras_are_explained(name, compiled):
+    module = getattr(fastrnn, name)(3, 5)
+    state = (H, H) if name == "LSTM" else H
+    for extras in (
+        {"lengths": LENGTHS},
+        {"reset": RESET},
+        {"reset": RESET, "reset_state": state},
+        {"return_all_states": True},
+        {"lengths": LENGTHS, "reset": RESET, "return_all_states": True},
+    ):
+        module(X, state, **extras)
+        assert fastrnn.explain(module, X, state, **extras).startswith(f"fastrnn.{name} -> kernel: fastrnn's own, ")
+        with torch.autocast("cpu"):
+            module(X, state, **extras)
+            assert fastrnn.explain(module, X, state, **extras).startswith(f"fastrnn.{name} -> kernel: ")
+        plain = f"fastrnn.{name} -> reference: plain PyTorch (fastrnn.reference), because "
+        sentences: list[str] = []
+
+        def explained(x, extras=extras, sentences=sentences):
+            sentences.append(fastrnn.explain(module, X, **extras))
+            return x.sum()
+
+        torch.func.grad(explained)(X)
+        assert sentences == [f"{plain}torch.func differentiates"]
+
+
+EXTRA_MISTAKES = {
+    "shape of lengths": {"lengths": torch.tensor([4])},
+    "dtype of lengths": {"lengths": torch.tensor([4, 2], dtype=torch.int32)},
+    "lengths beyond T": {"lengths": torch.tensor([5, 2])},
+    "kind of lengths": {"lengths": [4, 2]},
+    "shape of reset": {"reset": RESET.T},
+    "reset_state alone": {"reset_state": torch.zeros(1, 2, 5)},
+    "shape of reset_state": {"reset": RESET, "reset_state": (torch.zeros(1, 2, 4),) * 2},
+}
+
+
+@pytest.mark.parametrize("mistake", EXTRA_MISTAKES)
+def test_refusal_of_extras_is_the_error_of_the_call(mistake, compiled):
+    module, extras = fastrnn.LSTM(3, 5), EXTRA_MISTAKES[mistake]
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        module(X, **extras)
+    explained = fastrnn.explain(module, X, **extras)
+    start = f"fastrnn.LSTM -> refused: {type(raised.value).__name__}: "
+    assert explained.startswith(start)
+    if mistake != "lengths beyond T":  # which the kernel finds, and names the first of them
+        assert explained == f"{start}{raised.value}"
+
+
+def test_extras_are_no_matter_of_cells_and_of_torch_nn():
+    for module in (fastrnn.GRUCell(3, 5), nn.GRU(3, 5)):
+        assert "refused: TypeError: it takes no lengths" in fastrnn.explain(module, X, lengths=LENGTHS)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'lengths'"):
+            module(X, lengths=LENGTHS)
+
+
 def test_explaining_computes_and_changes_nothing():
     module = fastrnn.LSTM(3, 5, num_layers=2, dropout=0.5)
     before, state = torch.get_rng_state(), dict(vars(module))

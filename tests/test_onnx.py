@@ -172,6 +172,21 @@ def test_packed_batch_becomes_sequence_lens() -> None:
         assert_like_torch(run(*packed), Every(library=nn, bidirectional=True).eval(), packed)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_torch_nn_is_exported_for_the_length_of_the_example() -> None:
+    """When this fails, docs/compatibility.md is out of date."""
+    model, shapes = nn.GRU(4, 5).eval(), ({0: Dim("T"), 1: Dim("B")},)
+    run = session(exported(model, (torch.randn(6, 3, 4),), shapes))
+    x = torch.randn(6, 3, 4)
+    torch.testing.assert_close(run(x)[0], model(x)[0])
+    x = torch.randn(9, 3, 4)
+    try:
+        found = run(x)[0]
+    except Exception:  # what ONNX Runtime raises has no class of its own
+        return
+    assert found.shape != (9, 3, 5) or not torch.allclose(found, model(x)[0])
+
+
 class OneBias(nn.Module):
     """The functional form takes one bias without the other, torch.nn takes both or none."""
 
@@ -213,11 +228,104 @@ def test_projection_is_refused_by_name() -> None:
     assert "fastrnn.lstm_layer: ONNX's LSTM has no projection" in str(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("options", [{"zoneout": (0.5, 0.0)}, {"weight_dropout": 0.5}], ids=str)
-def test_what_torch_lacks_is_refused_by_name(options: dict) -> None:
+class Ragged(nn.Module):
+    """Padded sequences with their lengths; torch.nn's modules pack them."""
+
+    def __init__(self, library: object, batch_first: bool) -> None:
+        super().__init__()
+        options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+        self.cells = Every(library=library, **options).cells
+
+    def forward(self, x: Tensor, lengths: Tensor) -> list[Tensor]:
+        outputs = []
+        for module in self.cells.values():
+            if isinstance(module, (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)):
+                outputs += tensors_of(module(x, lengths=lengths))
+                continue
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.long(), module.batch_first, enforce_sorted=False)
+            y, state = module(packed)
+            y, _ = nn.utils.rnn.pad_packed_sequence(y, module.batch_first, total_length=x.shape[module.batch_first])
+            outputs += [y, *tensors_of(state)]
+        return outputs
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_become_sequence_lens(batch_first: bool) -> None:
+    ours, theirs = Ragged(fastrnn, batch_first).eval(), Ragged(nn, batch_first).eval()
+    batch = 0 if batch_first else 1
+    shapes = ({batch: Dim("B"), 1 - batch: Dim("T")}, {0: Dim("B")})
+
+    def inputs(steps: int, *lengths: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(steps, len(lengths), 4)
+        return (x.transpose(0, 1).contiguous() if batch_first else x), torch.tensor(lengths)
+
+    proto = exported(ours, inputs(6, 3, 6, 2), shapes)
+    assert all(node.input[4] for node in proto.graph.node if node.op_type in LAYERS)
+    run = session(proto)
+    for given in (inputs(6, 3, 6, 2), inputs(7, 1, 5, 2, 5, 4), inputs(3, 2)):
+        assert_like_torch(run(*given), theirs, *given)
+    empty = inputs(5, 0, 4, 0)
+    for a, b in zip(run(*empty), ours(*empty), strict=True):  # torch.nn packs no empty sequence
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+def test_every_state_of_a_layer_of_one_state_is_its_output(kind: str) -> None:
+    module, x = getattr(fastrnn, kind)(4, 5, 2).eval(), torch.randn(6, 3, 4)
+
+    class All(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = module
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return tensors_of(self.layers(x, return_all_states=True))
+
+    for a, b in zip(session(exported(All().eval(), (x,)))(x), All()(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{"recurrent_dropout": 0.5}, {"weight_dropout": 0.5}], ids=str)
+def test_noise_that_is_off_in_evaluation_is_no_hindrance(options: dict) -> None:
+    ours, x = Every(**options).eval(), torch.randn(6, 3, 4)
+    count = operators(exported(ours, (x,)))
+    assert {name: count[name] for name in LAYERS} == {"LSTM": 1, "GRU": 1, "RNN": 2}
+    assert_like_torch(session(exported(ours, (x,)))(x), Every(library=nn).eval(), x)
+
+
+class Reset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fastrnn.GRU(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, reset=x[..., 0] > 0)[0]
+
+
+class EveryState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fastrnn.LSTM(4, 5)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return tensors_of(self.layer(x, return_all_states=True))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: fastrnn.LSTM(4, 5, zoneout=(0.5, 0.0)).eval(), id="zoneout"),
+        pytest.param(lambda: fastrnn.LSTM(4, 5, recurrent_dropout=0.5).train(), id="recurrent dropout in training"),
+        pytest.param(lambda: Reset().eval(), id="reset"),
+        pytest.param(lambda: EveryState().eval(), id="every state"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode:UserWarning")
+def test_what_onnx_lacks_is_refused_by_name(model: Callable[[], nn.Module]) -> None:
     with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
-        exported(fastrnn.LSTM(4, 5, **options).eval(), (torch.randn(6, 3, 4),))
-    assert "nor can a call with lengths, reset or return_all_states, or a module with zoneout" in str(
+        exported(model(), (torch.randn(6, 3, 4),))
+    assert "ONNX has no such operator" in str(caught.value.__cause__)
+    assert "nor can a call with reset, an LSTM's with return_all_states, a module with zoneout" in str(
         caught.value.__cause__
     )
 
