@@ -5,6 +5,7 @@ copies, and dropout from a seed."""
 from __future__ import annotations
 
 import copy
+import importlib.resources
 import inspect
 import io
 import pickle
@@ -294,3 +295,16 @@ def test_dropout_may_be_changed_and_is_off_in_eval(cell):
             results.append([*tensors_of(module(x)), torch.rand(1)])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
         assert torch.equal(results[0][-1], results[1][-1])
+
+
+def test_package_is_typed():
+    """Checkers of types read the annotations of a package that says so; mypy --strict runs over it in `make lint`."""
+    assert (importlib.resources.files("fastrnn") / "py.typed").is_file()
+    for name in fastrnn.__all__:
+        thing = getattr(fastrnn, name)
+        functions = [thing] if inspect.isfunction(thing) else [thing.forward] if name in NAMES else []
+        for function in functions + ([thing.__init__] if name in LAYERS else []):
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not signature.empty
+            for parameter in signature.parameters.values():
+                assert parameter.name == "self" or parameter.annotation is not parameter.empty, (name, parameter)
