@@ -2,10 +2,10 @@
 """A whole module under torch.vmap: the members become rows of one batch, and the call is an ordinary one below the
 transform. modules.py and cells.py ask here first; batching.py has the rules for single layers.
 
-Under vmap every small operation of a module's forward costs some 10 us, which a short sequence does not hide: here is one
-fold at the top and one unfold at the end instead. 64 members of T = 32, H = 64 on one thread cost an LSTM and a GRU 1.2
-times a batch of 64, an RNN 1.5 times; 1.3 and 1.8 by the rules of batching.py. About 100 us of it, .1 to .3 of such a
-batch, are torch.vmap's own, whatever it maps.
+Under vmap every small operation of a module's forward costs some 10 us, which a short sequence does not hide: here is
+one fold at the top and one unfold at the end instead. 64 members of T = 32, H = 64 on one thread cost an LSTM and a GRU
+1.2 times a batch of 64, an RNN 1.5 times; 1.3 and 1.8 by the rules of batching.py. About 100 us of it, .1 to .3 of such
+a batch, are torch.vmap's own, whatever it maps.
 """
 
 from __future__ import annotations
