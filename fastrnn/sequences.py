@@ -27,7 +27,7 @@ def probability(module: str, name: str, value: Any) -> float:
     """The value as a float; TypeError if it is not a number, ValueError if it is outside [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"fastrnn.{module}: {name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"fastrnn.{module}: {name} must be a probability, in [0, 1], got {value}")
     return float(value)
 
