@@ -66,21 +66,39 @@ def _device_of(item: pytest.Item) -> str:
     return item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"
 
 
-ISAS = ["none"] if extension.module is None else list(extension.module.available_isas())
+# avx512 in all but bfloat16.
+BFLOAT16_ISAS = ("avx512_bf16", "amx")
+
+
+def _isas(*without: str) -> list[str]:
+    return ["none"] if extension.module is None else [n for n in extension.module.available_isas() if n not in without]
+
+
+ISAS = _isas(*BFLOAT16_ISAS)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """The test once for each instruction set that this machine has; the one chosen before is restored. On another
-    device there is nothing to choose, and the value is None."""
+    """The test once for each instruction set of this machine that float32 knows; the one chosen before is restored. On
+    another device there is nothing to choose, and the value is None."""
+    if request.param is None and extension.module is not None:
+        yield None
+    else:
+        yield from _chosen(request.param)
+
+
+@pytest.fixture(params=_isas("scalar", "avx2") or _isas())
+def bfloat16_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Likewise for those that differ in bfloat16, and one that converts it."""
+    yield from _chosen(request.param)
+
+
+def _chosen(name: str) -> Iterator[str]:
     if extension.module is None:
         pytest.skip(f"the extension is not loaded: {extension.reason}")
-    if request.param is None:
-        yield None
-        return
     before = extension.module.isa()
-    extension.module.select_isa(request.param)
-    yield request.param
+    extension.module.select_isa(name)
+    yield name
     extension.module.select_isa(before)
 
 

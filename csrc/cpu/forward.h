@@ -1,75 +1,33 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The forward sweep of one direction: time loop, input gates a chunk of steps at a time, recurrence step by step with
-// the gates in registers. One instance per cell and lane class; the cell is known here by its constants only.
+// The forward sweep of one direction on the register tile: input gates a chunk of steps at a time, recurrence step by
+// step. One instance per cell and lane class. Time loop, states and the cell are those of forward_steps.h.
 #pragma once
 #include "direct.h"
-#include "group.h"
-#include "kernels.h"
-#include "matmul.h"
-#include "rows.h"
+#include "forward_steps.h"
 
 namespace fastrnn {
 namespace cpu {
 
 template <class Cell, class V>
-class ForwardSweep {
-  using Scalar = typename V::Scalar;
-  static constexpr int L = V::kLanes, G = Cell::kGates;
+class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameElements<V>> {
+  using Steps = ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameElements<V>>;
+  friend Steps;
+  using Steps::buffer_, Steps::c_row_, Steps::chunk_rows_, Steps::direction_, Steps::first_panel_, Steps::first_unit_;
+  using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::activate, Steps::blend;
+  using Steps::h_row_, Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_,
+      Steps::rows_;
+  using Steps::store_operand, Steps::next_chunk, Steps::gather_x;
+  using Steps::task_, Steps::units_, Steps::x_gates_row_, Steps::y_row_;
+  using typename Steps::Scalar;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
-  static constexpr int kPanel = kForwardPanel<Cell>;
-  static constexpr int kBufferRows = 48;  // 12 KiB of sums: in the first-level cache beside a part of a panel
   static constexpr int64_t kRowBytes = 256 * 1024;
-  static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
-      : task_(task),
-        layer_(*task.layer),
-        direction_(task.layer->direction[task.direction]),
-        rows_(*task.layer, task.direction, task.team, task.first_row),
-        units_(layer_.H, L, kPanel),
-        r_(layer_.P ? layer_.P : layer_.H),
-        h_row_(padded(r_)),
-        c_row_(padded(layer_.H)),
-        y_row_(layer_.D * r_),
-        lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
-        noisy_(direction_.h_mask || layer_.zoneout_h.data || layer_.zoneout_c.data) {
-    const int64_t member = task.team.member, members = task.team.members;
-    pack_first_ = units_.count * member / members;
-    pack_last_ = units_.count * (member + 1) / members;
-    first_panel_ = task.team.split_units ? pack_first_ : 0;
-    last_panel_ = task.team.split_units ? pack_last_ : units_.count;
-    first_unit_ = units_.first(first_panel_) * L;
-    end_unit_ = units_.first(last_panel_) * L;
-    x_gates_row_ = (end_unit_ - first_unit_) * G;
-  }
-
-  void run() {
-    pack();
-    load_states();
-    reset_states(0);
-    wait(task_.team.barrier, task_.team.members);
-    for (int64_t s = 0; s < layer_.T;) {
-      const int64_t end = project(s);
-      int64_t at = rows_.reversed() ? chunk_rows_ : 0;
-      for (; s < end; ++s) {
-        const int64_t t = rows_.time(s), n = rows_.active(t);
-        if (rows_.reversed()) at -= n;
-        step(s, t, n, at);
-        if (!rows_.reversed()) at += n;
-        if (s + 1 < layer_.T) reset_states(s + 1);
-        if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
-        const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
-        if (stay < n) store_states(stay, n, (s + 1) & 1);
-      }
-    }
-  }
+      : Steps(task), lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)) {}
 
  private:
-  static const Scalar* in(const void* p) { return static_cast<const Scalar*>(p); }
-  static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
-
   void pack() {
     if (task_.packed) return;
     if (!lazy_) {
@@ -130,66 +88,9 @@ class ForwardSweep {
     }
   }
 
-  // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
-  void load_states() {
-    for (int64_t row = 0; row < rows_.count(); ++row) {
-      const int64_t b = rows_.batch(row);
-      const Scalar* c0 = Cell::kStates == 2 ? in(direction_.c0) + b * layer_.H : nullptr;
-      for (int which = 0; which < 2; ++which) load_state(row, which, in(direction_.h0) + b * r_, c0);
-    }
-  }
-
-  // Before the s-th step of the sweep: the rows whose state is replaced then.
-  void reset_states(int64_t s) {
-    if (!rows_.resets()) return;
-    const int64_t t = rows_.time(s), n = rows_.active(t);
-    for (int64_t row = 0; row < n; ++row) {
-      if (!rows_.reset(t, row)) continue;
-      const Scalar* h = rows_.template replacement<Scalar>(direction_.reset_h, row, r_);
-      const Scalar* c = nullptr;
-      if (Cell::kStates == 2) c = rows_.template replacement<Scalar>(direction_.reset_c, row, layer_.H);
-      load_state(row, s & 1, h, c);
-    }
-  }
-
-  void load_state(int64_t row, int which, const Scalar* h, const Scalar* c) {
-    Scalar* state = out(task_.h[which]) + row * h_row_;
-    load_row<V>(h, r_, first_state(), end_state(), state);
-    if (direction_.h_mask) {
-      const Scalar* mask = in(direction_.h_mask) + rows_.batch(row) * r_;
-      Scalar* masked = out(task_.masked_h[which]) + row * h_row_;
-      for (int64_t j = first_state(); j < end_state() && j < r_; ++j) masked[j] = state[j] * mask[j];
-    }
-    if (Cell::kStates == 2) {
-      load_row<V>(c, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
-    }
-  }
-
-  // Rows that have taken their last step hand over their state.
-  void store_states(int64_t from, int64_t to, int which) {
-    for (int64_t row = from; row < to; ++row) {
-      const int64_t b = rows_.batch(row);
-      store_row<V>(in(task_.h[which]) + row * h_row_, r_, first_state(), end_state(), out(direction_.h_n) + b * r_);
-      if (Cell::kStates == 2) {
-        store_row<V>(in(task_.c) + row * c_row_, layer_.H, first_unit_, end_unit_, out(direction_.c_n) + b * layer_.H);
-      }
-    }
-  }
-
-  // With a projection a team never splits units.
-  int64_t first_state() const { return layer_.P ? 0 : first_unit_; }
-  int64_t end_state() const { return layer_.P ? h_row_ : end_unit_; }
-
-  // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them. A chunk holds its
-  // rows in ascending time, whichever way the sweep runs.
+  // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them.
   int64_t project(int64_t s) {
-    int64_t end = s;
-    chunk_rows_ = 0;
-    whole_ = rows_.whole(rows_.time(s));
-    do {
-      chunk_rows_ += rows_.active(rows_.time(end++));
-    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows &&
-             rows_.whole(rows_.time(end)) == whole_);
+    const int64_t end = next_chunk(s);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
 
     TileArgs<Scalar> args{};
@@ -198,17 +99,8 @@ class ForwardSweep {
     args.a_step = 1;
     const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
     if (!a) {
-      a = out(task_.x_rows);
+      a = gather_x(t0, t1, layer_.I);
       args.a_row = layer_.I;
-      Scalar* to = out(task_.x_rows);
-      for (int64_t t = t0; t < t1; ++t) {
-        const int64_t n = rows_.active(t);
-        for (int64_t row = 0; row < n; ++row, to += layer_.I) {
-          const Scalar* from =
-              whole_ ? rows_.template x_in_batch_order<Scalar>(t, row) : rows_.template x<Scalar>(t, row);
-          for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
-        }
-      }
     }
     args.init_row = 0;
     args.out_row = x_gates_row_;
@@ -300,123 +192,6 @@ class ForwardSweep {
     if (layer_.P) project_h(t, n, which);
   }
 
-  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_.
-  void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at, int which) {
-    if (noisy_) {
-      activate_rows<1, true>(t, first, m, block, blocks, at, which);
-    } else {
-      activate_rows<kAtOnce, false>(t, first, m, block, blocks, at, which);
-    }
-  }
-
-  // Pieces of one row and one block are taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody
-  // else shall pay for.
-  template <int kTogether, bool kNoisy>
-  __attribute__((noinline)) void activate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
-                                               int which) {
-    Piece pieces[kTogether];
-    int n = 0;
-    for (int j = 0; j < m; ++j) {
-      const int64_t row = first + j;
-      for (int k = 0; k < blocks; ++k) {
-        Piece& piece = pieces[n++];
-        piece.r = buffer_ + (j * blocks + k) * G * L;
-        piece.unit = (block + k) * L;
-        piece.row = row;
-        piece.index = rows_.index(t, row);
-        piece.t = t;
-        piece.x = in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ +
-                  (piece.unit - first_unit_) * G;
-        if (n == kTogether) {
-          activate_pieces<kTogether, kNoisy>(pieces, which);
-          n = 0;
-        }
-      }
-    }
-    for (int j = 0; j < n; ++j) activate_pieces<1, kNoisy>(pieces + j, which);
-  }
-
-  struct Piece {
-    const Scalar *r, *x;
-    int64_t unit, row, index, t;  // first unit; row of the states; row of y, gates and cells
-  };
-
-  // Zoneout of lanes [unit, unit + lanes) of one row: `keep` of `before` stays. Two products and a sum, none fused, so
-  // that backward finds a candidate of zero exactly.
-  V blend(const Strided& keep, int64_t t, int64_t row, int64_t column, int lanes, V before, V candidate) const {
-    const V kept = load_lanes<V>(rows_.template at<Scalar>(keep, t, row) + column, lanes);
-    return kept * before + (V::one() - kept) * candidate;
-  }
-
-  // What the next step's product reads of h, with a mask.
-  void store_masked(V h, int64_t row, int64_t unit, int lanes, int which) const {
-    const V mask = load_lanes<V>(in(direction_.h_mask) + rows_.batch(row) * r_ + unit, lanes);
-    (h * mask).store(out(task_.masked_h[which ^ 1]) + row * h_row_ + unit);
-  }
-
-  template <int K, bool kNoisy>
-  inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
-    using W = Group<V, K>;
-    W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
-    unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const Piece& piece = pieces[j.value];
-      unroll<G>([&](auto g) __attribute__((always_inline)) {
-        xs[g.value].v[j.value] = V::load(piece.x + g.value * L);
-        rs[g.value].v[j.value] = V::load(piece.r + g.value * L);
-      });
-      if constexpr (Cell::kStates == 2) {
-        prev[0].v[j.value] = V::zero();
-        prev[1].v[j.value] = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
-      } else {
-        prev[0].v[j.value] = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
-      }
-    });
-    Cell::forward(xs, rs, prev, next, saved);
-    unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const Piece& piece = pieces[j.value];
-      const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
-      V h = next[0].v[j.value];
-      if constexpr (kNoisy) {
-        if (layer_.zoneout_h.data && !layer_.P) {
-          const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
-          h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
-        }
-      }
-      if (layer_.P) {
-        h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
-      } else {
-        h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
-        store_lanes(h, out(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
-        if constexpr (kNoisy) {
-          if (direction_.h_mask) store_masked(h, piece.row, piece.unit, lanes, which);
-        }
-      }
-      if constexpr (Cell::kStates == 2) {
-        V c = next[1].v[j.value];
-        if constexpr (kNoisy) {
-          if (layer_.zoneout_c.data) {
-            const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
-            const int64_t column = task_.direction * layer_.H + piece.unit;
-            c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
-          }
-        }
-        c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
-        if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
-      }
-      if constexpr (Cell::kSaved > 0) {
-        if (direction_.gates) {
-          Scalar* gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
-          unroll<Cell::kSaved>(
-              [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * 16); });
-          for (int64_t unit = piece.unit + L; unit < c_row_ && layer_.H <= unit; unit += L) {
-            gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, unit);
-            for (int k = 0; k < Cell::kSaved; ++k) V::zero().store(gates + k * 16);  // no byte stays unwritten
-          }
-        }
-      }
-    });
-  }
-
   // h = W_hr * (o * tanh(c))
   void project_h(int64_t t, int64_t n, int which) {
     const Panels panels(layer_.P, L, 4);
@@ -450,24 +225,14 @@ class ForwardSweep {
             }
             h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
             store_lanes(h, y + at, lanes);
-            if (direction_.h_mask) store_masked(h, row, at, lanes, which);
+            if (direction_.h_mask) store_operand(h, row, at, lanes, which ^ 1);
           }
         }
       }
     }
   }
 
-  const ForwardTask& task_;
-  const LayerForward& layer_;
-  const DirectionForward& direction_;
-  const Rows rows_;
-  const Panels units_;
-  const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
-  const bool lazy_;                          // panels are packed at their first use
-  const bool noisy_;
-  int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
-  bool whole_ = false;  // the chunk has its rows in the order of the batch
-  alignas(64) Scalar buffer_[kBufferRows * 4 * L];
+  const bool lazy_;  // panels are packed at their first use
 };
 
 template <class Cell, class V>

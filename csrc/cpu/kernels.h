@@ -29,7 +29,9 @@ struct Team {
   Barrier* barrier;
 };
 
-// One thread's part of one direction, forward. Element type of every void*: the table's.
+// One thread's part of one direction, forward. Element type of every void*: the table's; with products in bfloat16
+// w_ih, w_hh, masked_h and x_rows are bfloat16, in blocks (blocks.h): I and R there are padded to 32, the rest is
+// float.
 struct ForwardTask {
   const LayerForward* layer;
   int direction;
@@ -46,9 +48,10 @@ struct ForwardTask {
   // Shared by the team when it splits units, else the thread's own; rows are the thread's.
   void* h[2];         // [rows, Rp], the state before and after a step, in turns
   void* c;            // [rows, Hp], LSTM only
-  void* masked_h[2];  // [rows, Rp], h times its mask, which W_hh multiplies; h itself without a mask
+  void* masked_h[2];  // [rows, Rp], h times its mask, which W_hh multiplies; h itself without a mask; 15 rows more to
+                      // read, and always a copy, in bfloat16
   // The thread's own.
-  void* x_gates;  // [chunk_rows, Hp*G]
+  void* x_gates;  // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
   void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
   void* cell_h;   // [rows, Hp], o*tanh(c) before the projection
 };
@@ -102,6 +105,7 @@ struct Kernels {
   void (*gradients[4])(const GradientTask&);
   void (*pack[4])(const LayerForward& layer, int direction, const PackedWeights& packed);  // every panel
   void (*activation)(Activation which, const void* x, void* y, int64_t n);
+  int block_rows;  // rows that a product takes as long for as for one, with products in bfloat16; else 0
 };
 
 struct Isa {
@@ -109,6 +113,8 @@ struct Isa {
   bool (*supported)();
   const Kernels* of_float;
   const Kernels* of_double;
+  const Kernels* of_bfloat16;  // null: bfloat16 is converted to float
+  bool (*preferred)();         // whether it is chosen by itself before the ones that stand ahead of it
 };
 
 const Isa& chosen_isa();
@@ -116,6 +122,10 @@ const Isa& chosen_isa();
 extern const Kernels scalar_float, scalar_double;
 extern const Kernels avx2_float, avx2_double;
 extern const Kernels avx512_float, avx512_double;
+extern const Kernels avx512_bfloat16, amx_bfloat16;
+
+// Asks the system for AMX's tiles, for the whole process; whether it grants them.
+bool amx_granted();
 
 }  // namespace cpu
 }  // namespace fastrnn

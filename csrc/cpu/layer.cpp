@@ -86,43 +86,57 @@ void with_scratch(size_t bytes, Run run) {
   run(aligned(memory.mutable_data_ptr()));
 }
 
-// The tensors of one call as the kernels read them: element type float or double, row-major.
+// Whether the kernels take this layer with products in bfloat16, else converted to float.
+bool rounds(const LayerArguments& a, const Sizes& s) {
+  return a.x->scalar_type() == at::kBFloat16 && s.P == 0 && multiplies_bfloat16();
+}
+
+// The tensors of one call as the kernels read them: element type float or double, row-major; with products in bfloat16
+// x, y, h and the weights stay as they are.
 class Operands {
  public:
-  explicit Operands(at::ScalarType given)
-      : given_(given), type_(given == at::kDouble ? at::kDouble : at::kFloat), bytes_(type_ == at::kDouble ? 8 : 4) {}
+  Operands(at::ScalarType given, bool rounded)
+      : given_(given),
+        type_(given == at::kDouble ? at::kDouble : at::kFloat),
+        element_(rounded ? at::kBFloat16 : type_),
+        bytes_(type_ == at::kDouble ? 8 : 4) {}
 
-  // The type of the kernels, of gates and of cells; the type of every other tensor.
+  // The type of the kernels, of gates, cells and final states; that of x and y; the type of every tensor outside.
   at::ScalarType type() const { return type_; }
+  at::ScalarType element() const { return element_; }
   at::ScalarType given() const { return given_; }
   int64_t bytes() const { return bytes_; }
+  int64_t element_bytes() const { return element_ == at::kBFloat16 ? 2 : bytes_; }
 
-  Strided strided(const Tensor* tensor) {
+  Strided strided(const Tensor* tensor, at::ScalarType type) {
     if (tensor == nullptr) return Strided{};
     const bool adjacent = tensor->stride(-1) == 1 || tensor->size(-1) == 1;
-    const Tensor& read = readable(*tensor) && adjacent ? *tensor : convert(*tensor);
+    const Tensor& read = readable(*tensor, type) && adjacent ? *tensor : convert(*tensor, type);
     return Strided{read.const_data_ptr(), read.dim() == 3 ? read.stride(0) : 0, read.stride(-2)};
   }
 
-  const void* dense(const Tensor* tensor) {
+  const void* dense(const Tensor* tensor, at::ScalarType type) {
     if (tensor == nullptr) return nullptr;
-    return readable(*tensor) && tensor->is_contiguous() ? tensor->const_data_ptr() : convert(*tensor).const_data_ptr();
+    const bool as_it_is = readable(*tensor, type) && tensor->is_contiguous();
+    return as_it_is ? tensor->const_data_ptr() : convert(*tensor, type).const_data_ptr();
   }
+  const void* dense(const Tensor* tensor) { return dense(tensor, type_); }
 
   // Everything that the forward pass reads; both passes start here.
   LayerForward layer(const LayerArguments& a, const Sizes& s) {
     LayerForward layer{};
     layer.cell = a.cell;
     layer.is_double = type_ == at::kDouble;
+    layer.is_bfloat16 = element_ == at::kBFloat16;
     layer.T = s.T, layer.B = s.B, layer.I = s.I, layer.H = s.H, layer.P = s.P, layer.D = s.D, layer.N = s.N;
     layer.batch_sizes = s.batch_sizes;
     layer.step_rows = s.B;
-    const Strided x = strided(a.x);  // through its strides, so that batch_first views are not copied
+    const Strided x = strided(a.x, element_);  // through its strides, so that batch_first views are not copied
     layer.x = x.data, layer.x_stride_t = x.stride_t, layer.x_stride_b = x.stride_b;
-    layer.zoneout_h = strided(a.zoneout_h);
-    layer.zoneout_c = strided(a.zoneout_c);
+    layer.zoneout_h = strided(a.zoneout_h, type_);
+    layer.zoneout_c = strided(a.zoneout_c, type_);
     const void* const h_mask = dense(a.h_mask);
-    const void* reset_h = dense(a.reset_h);
+    const void* reset_h = dense(a.reset_h, element_);
     const void* reset_c = dense(a.reset_c);
     if (a.reset != nullptr) {
       copies_.push_back(a.reset->contiguous());
@@ -130,23 +144,23 @@ class Operands {
       layer.reset_by_row = reset_h != nullptr;
       if (reset_h == nullptr) reset_h = reset_c = zeros(s.R > s.H ? s.R : s.H);
     }
-    const void* const h0 = dense(a.h0);
+    const void* const h0 = dense(a.h0, element_);
     const void* const c0 = dense(a.c0);
     for (int64_t d = 0; d < s.D; ++d) {
       const Weights& w = a.weights[d];
       DirectionForward& direction = layer.direction[d];
       direction.packed = w.packed;
       if (w.packed == nullptr) {
-        direction.w_ih = dense(w.w_ih);
-        direction.w_hh = dense(w.w_hh);
+        direction.w_ih = dense(w.w_ih, element_);
+        direction.w_hh = dense(w.w_hh, element_);
         direction.b_ih = dense(w.b_ih);
         direction.b_hh = dense(w.b_hh);
         direction.w_hr = dense(w.w_hr);
       }
-      direction.h0 = slice(h0, d, s.B * s.R * bytes_);
+      direction.h0 = slice(h0, d, s.B * s.R * element_bytes());
       direction.c0 = slice(c0, d, s.B * s.H * bytes_);
       direction.h_mask = slice(h_mask, d, s.B * s.R * bytes_);
-      direction.reset_h = layer.reset_by_row ? slice(reset_h, d, s.B * s.R * bytes_) : reset_h;
+      direction.reset_h = layer.reset_by_row ? slice(reset_h, d, s.B * s.R * element_bytes()) : reset_h;
       direction.reset_c = layer.reset_by_row ? slice(reset_c, d, s.B * s.H * bytes_) : reset_c;
     }
     if (s.lengths != nullptr) ragged(layer, s);
@@ -154,9 +168,9 @@ class Operands {
   }
 
  private:
-  bool readable(const Tensor& tensor) const {
+  static bool readable(const Tensor& tensor, at::ScalarType type) {
     constexpr c10::DispatchKeySet kLazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
-    return tensor.scalar_type() == type_ && !tensor.key_set().has_any(kLazy);
+    return tensor.scalar_type() == type && !tensor.key_set().has_any(kLazy);
   }
 
   const void* zeros(int64_t n) {
@@ -193,14 +207,14 @@ class Operands {
     return copies_.back().mutable_data_ptr<int64_t>();
   }
 
-  const Tensor& convert(const Tensor& tensor) {
-    Tensor copy = empty(tensor.sizes(), type_);
+  const Tensor& convert(const Tensor& tensor, at::ScalarType type) {
+    Tensor copy = empty(tensor.sizes(), type);
     copy.copy_(tensor);
     copies_.push_back(std::move(copy));
     return copies_.back();
   }
 
-  at::ScalarType given_, type_;
+  at::ScalarType given_, type_, element_;
   int64_t bytes_;
   c10::SmallVector<Tensor, 4> copies_;  // keeps what is not the caller's alive until the kernels are done
 };
@@ -277,14 +291,14 @@ void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Opera
 }  // namespace
 
 LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, LayerResults given) {
-  Operands operands(a.x->scalar_type());
+  Operands operands(a.x->scalar_type(), rounds(a, s));
   const at::ScalarType type = operands.type();
   const bool lstm = a.cell == Cell::lstm;
   const int64_t saved = saved_per_unit(a.cell) * padded(s.H);
 
   LayerResults results;
   const bool converted = operands.given() != type;
-  results.y = empty_y(s, type);
+  results.y = empty_y(s, operands.element());
   results.h_n = given.h_n.defined() && !converted ? given.h_n : empty({s.D, s.B, s.R}, type);
   if (lstm) results.c_n = given.c_n.defined() && !converted ? given.c_n : empty({s.D, s.B, s.H}, type);
   if (save && saved != 0) results.gates = empty({s.D, s.N, saved}, type);
@@ -305,10 +319,10 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
       direction.cells = slice(cells, d, s.N * s.H * operands.bytes());
     }
     if (s.lengths != nullptr) {
-      clear_padding(layer.y, s, 1, s.D * s.R * operands.bytes());
+      clear_padding(layer.y, s, 1, s.D * s.R * operands.element_bytes());
       clear_padding(gates, s, s.D, saved * operands.bytes());
       clear_padding(cells, s, s.D, s.H * operands.bytes());
-      pass_on_state(h_n, layer.direction[0].h0, s, s.R * operands.bytes());
+      pass_on_state(h_n, operands.dense(a.h0), s, s.R * operands.bytes());
       pass_on_state(c_n, layer.direction[0].c0, s, s.H * operands.bytes());
     }
     if (layer.N > 0) {
@@ -324,7 +338,7 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
     const auto back = [&](Tensor& result, const Tensor& place) {
       result = place.defined() ? place.copy_(result) : result.to(operands.given());
     };
-    back(results.y, given.y);
+    if (operands.element() != operands.given()) back(results.y, given.y);
     back(results.h_n, given.h_n);
     if (lstm) back(results.c_n, given.c_n);
   }
@@ -332,7 +346,7 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
 }
 
 PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const Kernels* kernels) {
-  Operands operands(a.x->scalar_type());
+  Operands operands(a.x->scalar_type(), rounds(a, s));
   const LayerForward layer = operands.layer(a, s);
   PackedLayer packed{};
   const size_t bytes = packed_bytes(layer) + kAlignment;
@@ -347,7 +361,7 @@ PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const Kernels* k
 
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type());
+  Operands operands(a.x->scalar_type(), false);
   const bool runs = s.B > 0 && (s.lengths == nullptr ||
                                 std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
@@ -394,7 +408,7 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
 
 RowGradients layer_row_gradients(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type());
+  Operands operands(a.x->scalar_type(), false);
   const int64_t stored = stored_per_unit(a.cell) * s.H;
   const bool lstm = a.cell == Cell::lstm;
   const auto wanted = [&](int position) { return (b.needs >> position & 1) != 0; };

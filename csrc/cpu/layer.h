@@ -20,7 +20,7 @@ struct Strided {
 
 // Letters: T time, B batch, I input, H hidden units, P projection, G gates, D directions;
 // R = P with a projection, else H (the width of h); N = rows of x and y = T*B, or the packed row count.
-// Every array is contiguous and row-major unless strides are given; elements are float or double.
+// Every array is contiguous and row-major unless strides are given; elements are float or double (is_bfloat16: below).
 
 struct Kernels;
 
@@ -59,6 +59,8 @@ struct DirectionForward {
 struct LayerForward {
   Cell cell;
   bool is_double;  // element type of every array: double, else float
+  // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16; never with a projection.
+  bool is_bfloat16;
   int64_t T, B, I, H, P, D, N;
   const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when all have B rows
   // Rows of a padded batch that end early: x, y, gates, cells and their gradients are [T', B'] still, of which only the
@@ -113,6 +115,8 @@ static constexpr int64_t saved_per_unit(Cell cell) { return cell == Cell::lstm |
 static constexpr int64_t stored_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
 // Units are padded to 16 in saved and scratch arrays, whatever the instruction set.
 static constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
+// Rows that are operands of products in bfloat16 are padded to whole blocks of 32 terms.
+static constexpr int64_t in_blocks(int64_t terms) { return (terms + 31) / 32 * 32; }
 
 // How one call runs, decided once: the kernels of the instruction set chosen at that moment, the threads, and the
 // scratch that the caller allocates, uninitialised, 64-byte aligned.
@@ -145,8 +149,12 @@ void force_split(Split split);
 enum class Activation : int { sigmoid, tanh };
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n);
 
-// The instruction sets compiled in and supported by this machine, best last. Names: scalar avx2 avx512.
-// select_isa returns false for a name that is unknown or unsupported. FASTRNN_ISA is read at the first use.
+// Whether the instruction set chosen now has products in bfloat16.
+bool multiplies_bfloat16();
+
+// The instruction sets compiled in and supported by this machine. Names: scalar avx2 avx512 avx512_bf16 amx; the last
+// two are avx512 but for bfloat16. select_isa returns false for a name that is unknown or unsupported. FASTRNN_ISA is
+// read at the first use.
 const char* isa_name();
 bool select_isa(const char* name);
 int available_isas(const char* names[], int capacity);

@@ -126,9 +126,9 @@ inline __attribute__((always_inline)) V load_lanes(const typename V::Scalar* fro
 }
 
 // Columns [first, end) of a row of n columns into a padded row, zero past n; and back.
-template <class V>
-void load_row(const typename V::Scalar* from, int64_t n, int64_t first, int64_t end, typename V::Scalar* to) {
-  for (int64_t j = first; j < end; ++j) to[j] = j < n ? from[j] : typename V::Scalar(0);
+template <class V, class Element>
+void load_row(const Element* from, int64_t n, int64_t first, int64_t end, typename V::Scalar* to) {
+  for (int64_t j = first; j < end; ++j) to[j] = j < n ? static_cast<typename V::Scalar>(from[j]) : 0;
 }
 
 template <class V>

@@ -53,6 +53,7 @@ struct Cost {
   // of the latter that does not overlap. Fewer than three rows wait for the weights, wherever these lie.
   double step(double rows, double parts) const {
     const double units = static_cast<double>(layer.H) / parts;
+    if (layer.is_bfloat16) return rounded_step(rows, units);
     const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
     const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
     const bool far = weights > 1.5e6;
@@ -60,6 +61,14 @@ struct Cost {
     const double computed =
         gates() * units * (recurrent + input) / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
     return (computed > streamed ? computed : streamed) + streamed * (far ? 0.35 : 0.1);
+  }
+  // With products in bfloat16: a block of rows takes as long as one row.
+  double rounded_step(double rows, double units) const {
+    const double blocks =
+        static_cast<double>((static_cast<int64_t>(rows) + kernels.block_rows - 1) / kernels.block_rows);
+    const double weights = gates() * units * (width() + static_cast<double>(layer.I));
+    return weights * blocks * static_cast<double>(kernels.block_rows) / 800 + weights * 2 / 60 * 0.5 +
+           rows * units * (gates() * 0.4 + 1) / kernels.lanes;
   }
 };
 
@@ -120,6 +129,7 @@ class Scratch {
  public:
   Scratch(void* begin, size_t element) : begin_(static_cast<char*>(begin)), element_(element) {}
   void* take(int64_t elements) { return bytes(static_cast<size_t>(elements) * element_); }
+  void* rounded(int64_t elements) { return bytes(static_cast<size_t>(elements) * 2); }  // of bfloat16
   void* bytes(size_t n) {
     void* piece = begin_ ? begin_ + used_ : nullptr;
     used_ += (n + 127) / 64 * 64;  // one line between pieces: neighbours never share one
@@ -224,8 +234,8 @@ void run_region(int threads, const Body& body, const Fewer& fewer) {
 PackedWeights room_for_weights(const LayerForward& layer, Scratch& scratch) {
   const int64_t gates = padded(layer.H) * gates_per_unit(layer.cell), R = width_of_h(layer);
   PackedWeights room{};
-  room.w_ih = scratch.take(gates * layer.I);
-  room.w_hh = scratch.take(gates * R);
+  room.w_ih = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(layer.I)) : scratch.take(gates * layer.I);
+  room.w_hh = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(R)) : scratch.take(gates * R);
   room.b_ih = scratch.take(gates);
   room.b_hh = scratch.take(gates);
   room.w_hr = scratch.take(layer.P ? padded(R) * layer.H : 0);
@@ -264,15 +274,17 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
         shared.h[0] = scratch.take(rows * Rp);
         shared.h[1] = scratch.take(rows * Rp);
         shared.c = scratch.take(states_per_unit(layer.cell) == 2 ? rows * Hp : 0);
-        const bool masked = layer.direction[0].h_mask != nullptr;
+        const bool masked = layer.direction[0].h_mask != nullptr && !layer.is_bfloat16;
         for (int which = 0; which < 2; ++which) {
           shared.masked_h[which] = masked ? scratch.take(rows * Rp) : shared.h[which];
+          if (layer.is_bfloat16) shared.masked_h[which] = scratch.rounded((rows + 15) * in_blocks(width_of_h(layer)));
         }
       }
       ForwardTask task = shared;
       task.team.member = member;
-      task.x_gates = scratch.take(chunk * Hp * G);
-      task.x_rows = scratch.take(chunk * layer.I);
+      task.x_gates = scratch.take(layer.is_bfloat16 ? (chunk + 15) * (Hp * G + 16) : chunk * Hp * G);
+      task.x_rows =
+          layer.is_bfloat16 ? scratch.rounded((chunk + 15) * in_blocks(layer.I)) : scratch.take(chunk * layer.I);
       task.cell_h = scratch.take(layer.P ? rows * Hp : 0);
       if (tasks) tasks[d][member] = task;
     }
@@ -327,6 +339,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
 }
 
 const Kernels& kernels_for(const LayerForward& layer) {
+  if (layer.is_bfloat16) return *chosen_isa().of_bfloat16;
   return layer.is_double ? *chosen_isa().of_double : *chosen_isa().of_float;
 }
 

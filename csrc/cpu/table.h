@@ -41,7 +41,8 @@ constexpr Kernels kernels() {
           {backward<Lstm, V>, backward<Gru, V>, backward<Rnn<Tanh>, V>, backward<Rnn<Relu>, V>},
           {gradients<Lstm, V>, gradients<Gru, V>, gradients<Rnn<Tanh>, V>, gradients<Rnn<Relu>, V>},
           {pack_direction<Lstm, V>, pack_direction<Gru, V>, pack_direction<Rnn<Tanh>, V>, pack_direction<Rnn<Relu>, V>},
-          activation<V>};
+          activation<V>,
+          0};
 }
 
 }  // namespace cpu

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The elements of x, y and the weights, as the sweeps load and store them: those of the lane class itself, or bfloat16,
+// which only the products work on; states, gates and the math of the cell are float then.
+#pragma once
+#include <stdint.h>
+
+#include "rows.h"
+
+namespace fastrnn {
+namespace cpu {
+
+struct Bfloat16 {
+  uint16_t bits;  // the upper half of a float
+  inline __attribute__((always_inline)) operator float() const {
+    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+  }
+};
+
+// Elements of the lane class's own type.
+template <class V>
+struct SameElements {
+  using Element = typename V::Scalar;
+  static constexpr bool kRounds = false;
+  static inline __attribute__((always_inline)) V load(const Element* from, int lanes) {
+    return load_lanes<V>(from, lanes);
+  }
+  static inline __attribute__((always_inline)) void store(V v, Element* to, int lanes) { store_lanes(v, to, lanes); }
+};
+
+}  // namespace cpu
+}  // namespace fastrnn

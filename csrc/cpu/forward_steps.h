@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What every forward sweep does around its products: the time loop, the states of the rows, and the cell with its sums
+// in registers. The products are those of the derived class: forward.h, forward_blocks.h. The cell is known here by its
+// constants only.
+#pragma once
+#include "elements.h"
+#include "group.h"
+#include "kernels.h"
+#include "matmul.h"
+#include "rows.h"
+
+namespace fastrnn {
+namespace cpu {
+
+// Sweep: the class derived from this one, with
+//   pack()          lays out the weights, this thread's share
+//   project(s)      the input gates of the steps from s on that fit a chunk; the step after them
+//   step(s, t, n, at)   the product of one step of n rows, whose input gates begin at row `at` of the chunk; calls
+//                   activate() on what it leaves in buffer_
+template <class Sweep, class Cell, class V, class Elements>
+class ForwardSteps {
+ protected:
+  using Scalar = typename V::Scalar;
+  using Element = typename Elements::Element;
+  static constexpr int L = V::kLanes, G = Cell::kGates;
+  static constexpr int kBufferRows = 48;  // 12 KiB of sums: in the first-level cache beside a part of a panel
+  static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
+  // Where a cell has one gradient for both, it knows x and r as their sum alone: products in bfloat16 then go on from
+  // the input gates to the recurrent ones in one sum, to which the cell adds b_hh.
+  static constexpr bool kSummed = Elements::kRounds && Cell::kInput == Cell::kRecurrent;
+
+  explicit ForwardSteps(const ForwardTask& task)
+      : task_(task),
+        layer_(*task.layer),
+        direction_(task.layer->direction[task.direction]),
+        rows_(*task.layer, task.direction, task.team, task.first_row),
+        units_(layer_.H, L, kForwardPanel<Cell>),
+        r_(layer_.P ? layer_.P : layer_.H),
+        h_row_(padded(r_)),
+        c_row_(padded(layer_.H)),
+        y_row_(layer_.D * r_),
+        noisy_(direction_.h_mask || layer_.zoneout_h.data || layer_.zoneout_c.data) {
+    const int64_t member = task.team.member, members = task.team.members;
+    pack_first_ = units_.count * member / members;
+    pack_last_ = units_.count * (member + 1) / members;
+    first_panel_ = task.team.split_units ? pack_first_ : 0;
+    last_panel_ = task.team.split_units ? pack_last_ : units_.count;
+    first_unit_ = units_.first(first_panel_) * L;
+    end_unit_ = units_.first(last_panel_) * L;
+    x_gates_row_ = (end_unit_ - first_unit_) * G;
+  }
+
+ public:
+  void run() {
+    Sweep& sweep = static_cast<Sweep&>(*this);
+    sweep.pack();
+    load_states();
+    reset_states(0);
+    wait(task_.team.barrier, task_.team.members);
+    for (int64_t s = 0; s < layer_.T;) {
+      const int64_t end = sweep.project(s);
+      int64_t at = rows_.reversed() ? chunk_rows_ : 0;
+      for (; s < end; ++s) {
+        const int64_t t = rows_.time(s), n = rows_.active(t);
+        if (rows_.reversed()) at -= n;
+        sweep.step(s, t, n, at);
+        if (!rows_.reversed()) at += n;
+        if (s + 1 < layer_.T) reset_states(s + 1);
+        if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
+        const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
+        if (stay < n) store_states(stay, n, (s + 1) & 1);
+      }
+    }
+  }
+
+ protected:
+  static const Scalar* in(const void* p) { return static_cast<const Scalar*>(p); }
+  static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
+  static const Element* elements(const void* p) { return static_cast<const Element*>(p); }
+  static Element* elements(void* p) { return static_cast<Element*>(p); }
+
+  // Takes as many steps from s on as fit a chunk; returns the step after them. A chunk holds its rows in ascending
+  // time, whichever way the sweep runs.
+  int64_t next_chunk(int64_t s) {
+    int64_t end = s;
+    chunk_rows_ = 0;
+    whole_ = rows_.whole(rows_.time(s));
+    do {
+      chunk_rows_ += rows_.active(rows_.time(end++));
+    } while (end < layer_.T && chunk_rows_ + rows_.active(rows_.time(end)) <= task_.chunk_rows &&
+             rows_.whole(rows_.time(end)) == whole_);
+    return end;
+  }
+
+  // The rows of x of times [t0, t1) one behind the other, row_size apart, in the scratch; zero past I.
+  const Element* gather_x(int64_t t0, int64_t t1, int64_t row_size) const {
+    Element* to = elements(task_.x_rows);
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t n = rows_.active(t);
+      for (int64_t row = 0; row < n; ++row, to += row_size) {
+        const Element* from =
+            whole_ ? rows_.template x_in_batch_order<Element>(t, row) : rows_.template x<Element>(t, row);
+        for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
+        for (int64_t k = layer_.I; k < row_size; ++k) to[k] = Element{};
+      }
+    }
+    return elements(task_.x_rows);
+  }
+
+  // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
+  void load_states() {
+    for (int64_t row = 0; row < rows_.count(); ++row) {
+      const int64_t b = rows_.batch(row);
+      const Scalar* c0 = Cell::kStates == 2 ? in(direction_.c0) + b * layer_.H : nullptr;
+      for (int which = 0; which < 2; ++which) load_state(row, which, elements(direction_.h0) + b * r_, c0);
+    }
+  }
+
+  // Before the s-th step of the sweep: the rows whose state is replaced then.
+  void reset_states(int64_t s) {
+    if (!rows_.resets()) return;
+    const int64_t t = rows_.time(s), n = rows_.active(t);
+    for (int64_t row = 0; row < n; ++row) {
+      if (!rows_.reset(t, row)) continue;
+      const Element* h = rows_.template replacement<Element>(direction_.reset_h, row, r_);
+      const Scalar* c = nullptr;
+      if (Cell::kStates == 2) c = rows_.template replacement<Scalar>(direction_.reset_c, row, layer_.H);
+      load_state(row, s & 1, h, c);
+    }
+  }
+
+  void load_state(int64_t row, int which, const Element* h, const Scalar* c) {
+    Scalar* state = out(task_.h[which]) + row * h_row_;
+    load_row<V>(h, r_, first_state(), end_state(), state);
+    if constexpr (Elements::kRounds) {
+      for (int64_t j = first_state(); j < end_state(); j += L) {
+        const int lanes = r_ - j < L ? static_cast<int>(r_ - j) : L;
+        store_operand(V::load(state + j), row, j, lanes, which);
+      }
+      if (end_state() == h_row_) {
+        Element* operand = elements(task_.masked_h[which]) + row * in_blocks(r_);
+        for (int64_t j = h_row_; j < in_blocks(r_); ++j) operand[j] = Element{};
+      }
+    } else if (direction_.h_mask) {
+      const Scalar* mask = in(direction_.h_mask) + rows_.batch(row) * r_;
+      Scalar* masked = out(task_.masked_h[which]) + row * h_row_;
+      for (int64_t j = first_state(); j < end_state() && j < r_; ++j) masked[j] = state[j] * mask[j];
+    }
+    if (Cell::kStates == 2) {
+      load_row<V>(c, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
+    }
+  }
+
+  // Rows that have taken their last step hand over their state.
+  void store_states(int64_t from, int64_t to, int which) {
+    for (int64_t row = from; row < to; ++row) {
+      const int64_t b = rows_.batch(row);
+      store_row<V>(in(task_.h[which]) + row * h_row_, r_, first_state(), end_state(), out(direction_.h_n) + b * r_);
+      if (Cell::kStates == 2) {
+        store_row<V>(in(task_.c) + row * c_row_, layer_.H, first_unit_, end_unit_, out(direction_.c_n) + b * layer_.H);
+      }
+    }
+  }
+
+  // With a projection a team never splits units.
+  int64_t first_state() const { return layer_.P ? 0 : first_unit_; }
+  int64_t end_state() const { return layer_.P ? h_row_ : end_unit_; }
+  // The math of the cell for m rows and `blocks` unit blocks; r waits in buffer_.
+  void activate(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at, int which) {
+    if (noisy_) {
+      activate_rows<1, true>(t, first, m, block, blocks, at, which);
+    } else {
+      activate_rows<kAtOnce, false>(t, first, m, block, blocks, at, which);
+    }
+  }
+
+  // The input gates of a row from `unit` on, in a chunk where those of its step begin at row `at`.
+  const Scalar* x_gates(int64_t at, int64_t row, int64_t unit) const {
+    return in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ + (unit - first_unit_) * G;
+  }
+
+  // Pieces of one row and one block are taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody
+  // else shall pay for.
+  template <int kTogether, bool kNoisy>
+  __attribute__((noinline)) void activate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
+                                               int which) {
+    Piece pieces[kTogether];
+    int n = 0;
+    for (int j = 0; j < m; ++j) {
+      const int64_t row = first + j;
+      for (int k = 0; k < blocks; ++k) {
+        Piece& piece = pieces[n++];
+        piece.r = buffer_ + (j * blocks + k) * G * L;
+        piece.unit = (block + k) * L;
+        piece.row = row;
+        piece.index = rows_.index(t, row);
+        piece.t = t;
+        if constexpr (kSummed) {
+          piece.x = in(task_.b_hh) + piece.unit * G;
+        } else {
+          piece.x = x_gates(at, row, piece.unit);
+        }
+        if (n == kTogether) {
+          activate_pieces<kTogether, kNoisy>(pieces, which);
+          n = 0;
+        }
+      }
+    }
+    for (int j = 0; j < n; ++j) activate_pieces<1, kNoisy>(pieces + j, which);
+  }
+
+  struct Piece {
+    const Scalar *r, *x;
+    int64_t unit, row, index, t;  // first unit; row of the states; row of y, gates and cells
+  };
+
+  // Zoneout of lanes [unit, unit + lanes) of one row: `keep` of `before` stays. Two products and a sum, none fused, so
+  // that backward finds a candidate of zero exactly.
+  V blend(const Strided& keep, int64_t t, int64_t row, int64_t column, int lanes, V before, V candidate) const {
+    const V kept = load_lanes<V>(rows_.template at<Scalar>(keep, t, row) + column, lanes);
+    return kept * before + (V::one() - kept) * candidate;
+  }
+
+  // What the product with W_hh reads of h: times the mask, if there is one, and rounded.
+  inline __attribute__((always_inline)) void store_operand(V h, int64_t row, int64_t unit, int lanes, int which) const {
+    if (direction_.h_mask) {
+      h = h * load_lanes<V>(in(direction_.h_mask) + rows_.batch(row) * r_ + unit, lanes);
+    }
+    if constexpr (Elements::kRounds) {
+      Elements::store(h, elements(task_.masked_h[which]) + row * in_blocks(r_) + unit, L);
+    } else {
+      h.store(out(task_.masked_h[which]) + row * h_row_ + unit);
+    }
+  }
+
+  template <int K, bool kNoisy>
+  inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
+    using W = Group<V, K>;
+    W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      unroll<G>([&](auto g) __attribute__((always_inline)) {
+        xs[g.value].v[j.value] = V::load(piece.x + g.value * L);
+        rs[g.value].v[j.value] = V::load(piece.r + g.value * L);
+      });
+      if constexpr (Cell::kStates == 2) {
+        prev[0].v[j.value] = V::zero();
+        prev[1].v[j.value] = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+      } else {
+        prev[0].v[j.value] = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+      }
+    });
+    Cell::forward(xs, rs, prev, next, saved);
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const Piece& piece = pieces[j.value];
+      const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
+      V h = next[0].v[j.value];
+      if constexpr (kNoisy) {
+        if (layer_.zoneout_h.data && !layer_.P) {
+          const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+          h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
+        }
+      }
+      if (layer_.P) {
+        h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
+      } else {
+        h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
+        Elements::store(h, elements(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
+        if constexpr (Elements::kRounds && !kNoisy) {
+          Elements::store(h, elements(task_.masked_h[which ^ 1]) + piece.row * in_blocks(r_) + piece.unit, L);
+        }
+        if constexpr (kNoisy) {
+          if (Elements::kRounds || direction_.h_mask) store_operand(h, piece.row, piece.unit, lanes, which ^ 1);
+        }
+      }
+      if constexpr (Cell::kStates == 2) {
+        V c = next[1].v[j.value];
+        if constexpr (kNoisy) {
+          if (layer_.zoneout_c.data) {
+            const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+            const int64_t column = task_.direction * layer_.H + piece.unit;
+            c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
+          }
+        }
+        c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
+        if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
+      }
+      if constexpr (Cell::kSaved > 0) {
+        if (direction_.gates) {
+          Scalar* gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
+          unroll<Cell::kSaved>(
+              [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * 16); });
+          for (int64_t unit = piece.unit + L; unit < c_row_ && layer_.H <= unit; unit += L) {
+            gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, unit);
+            for (int k = 0; k < Cell::kSaved; ++k) V::zero().store(gates + k * 16);  // no byte stays unwritten
+          }
+        }
+      }
+    });
+  }
+  const ForwardTask& task_;
+  const LayerForward& layer_;
+  const DirectionForward& direction_;
+  const Rows rows_;
+  const Panels units_;
+  const int64_t r_, h_row_, c_row_, y_row_;  // width of h; row lengths of the states and of y
+  const bool noisy_;
+  int64_t pack_first_, pack_last_, first_panel_, last_panel_, first_unit_, end_unit_, x_gates_row_, chunk_rows_ = 0;
+  bool whole_ = false;  // the chunk has its rows in the order of the batch
+  alignas(64) Scalar buffer_[kBufferRows * 4 * L];
+};
+
+}  // namespace cpu
+}  // namespace fastrnn

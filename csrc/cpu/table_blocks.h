@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The table of the kernels with products in bfloat16, as table.h those in float and double. Included by isa/*.cpp.
+#pragma once
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "forward_blocks.h"
+#include "kernels.h"
+
+namespace fastrnn {
+namespace cpu {
+
+// The cells, in the order of enum Cell.
+template <class V, class Blocks>
+constexpr Kernels block_kernels() {
+  return {V::kLanes,
+          {forward_blocks<Lstm, V, Blocks>, forward_blocks<Gru, V, Blocks>, forward_blocks<Rnn<Tanh>, V, Blocks>,
+           forward_blocks<Rnn<Relu>, V, Blocks>},
+          {},
+          {},
+          {pack_direction_blocks<Lstm, V, Blocks>, pack_direction_blocks<Gru, V, Blocks>,
+           pack_direction_blocks<Rnn<Tanh>, V, Blocks>, pack_direction_blocks<Rnn<Relu>, V, Blocks>},
+          nullptr,
+          kBlockRows};
+}
+
+}  // namespace cpu
+}  // namespace fastrnn
