@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 	$(BIN)/python tools/check_budget.py
 	$(BIN)/python tools/check_spills.py
 	$(BIN)/python tools/check_isa_symbols.py
+	$(BIN)/python tools/check_cuda.py
 
 gpu-build gpu-test gpu-bench: gpu-%:
 	$(GPU_PYTHON) tools/gpu.py $* $(if $(RESULTS),--results $(RESULTS))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The arguments and results of a layer operator, one struct for all cells and directions.
-// ops.cpp fills LayerArguments from a flat argument list, checks.h derives Sizes from them, cpu/layer.cpp runs them.
+// doors.h fills LayerArguments from a flat argument list, checks.h derives Sizes from them, cpu/layer.cpp runs them.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -12,7 +12,6 @@
 namespace fastrnn {
 
 using at::Tensor;
-using cpu::Cell;
 
 // Every pointer borrows a tensor that its caller keeps alive; null: not given.
 // Shapes: letters as in cpu/layer.h. Packed: x and y have rows [N], else [T, B].
@@ -33,7 +32,7 @@ struct LayerArguments {
   const Tensor* h0;           // [D, B, R]
   const Tensor* c0;           // [D, B, H], LSTM only
   Weights weights[2];         // forward, reverse; w_ih of the second decides D
-  const Tensor* lengths;      // [B], int64 on the CPU; not with batch_sizes
+  const Tensor* lengths;      // [B], int64 on the CPU or the device of x; not with batch_sizes
   const Tensor* batch_sizes;  // [T], int64 on the CPU
   const Tensor* reset;        // [T, B], bool; not with batch_sizes
   const Tensor* reset_h;      // [D, B, R], with reset
@@ -60,7 +59,7 @@ struct Sizes {
   int64_t T, B, I, H, R, P, D, N;  // P = 0 without a projection
   const int64_t* batch_sizes;      // [T], null when padded
   Tensor batch_sizes_owner;        // keeps a contiguous copy alive; undefined when none was needed
-  const int64_t* lengths;          // [B], each from 0 to T; null when all are T
+  const int64_t* lengths;          // [B], each from 0 to T; null when all are T, or when they are not on the CPU
   Tensor lengths_owner;            // likewise
 };
 

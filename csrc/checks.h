@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every check of an operator's arguments, with one message style; ops.cpp calls it before anything is computed:
+// Every check of an operator's arguments, with one message style; doors.h calls it before anything is computed:
 //   fastrnn.lstm_layer: w_hh must be [4*H, R] = [256, 64], got [256, 128]
 // A tensor that passes can be read through its pointer, sizes and strides: the kernels below check nothing again.
 // Types of exceptions are torch.nn's: ValueError for the rank of x and for weights of another dtype than x,
@@ -31,14 +31,16 @@ inline std::string dtype_name(at::ScalarType type) { return std::string(c10::get
 inline std::string spell(Cell cell, std::string rule) {
   const size_t at = rule.find("G*");
   if (at == std::string::npos) return rule;
-  const int64_t gates = cpu::gates_per_unit(cell);
+  const int64_t gates = gates_per_unit(cell);
   return rule.replace(at, 2, gates == 1 ? "" : std::to_string(gates) + "*");
 }
 
 // The checks of one call. Messages are built only when one fails: a call with T = 1 takes a few microseconds in all.
 class Checker {
  public:
-  explicit Checker(const LayerArguments& arguments) : arguments_(arguments) {}
+  // device: where the kernels run that are going to read the tensors.
+  explicit Checker(const LayerArguments& arguments, c10::DeviceType device = c10::kCPU)
+      : arguments_(arguments), device_(device) {}
 
   // Checks every argument of a forward call and returns what they say about the layer.
   Sizes layer() {
@@ -60,7 +62,7 @@ class Checker {
     if (s.I < 1) fail("x must have at least one feature, got ", a.x->sizes());
 
     operand("w_hh", a.weights[0].w_hh);
-    const int64_t gates = cpu::gates_per_unit(a.cell);
+    const int64_t gates = gates_per_unit(a.cell);
     const IntArrayRef w_hh = a.weights[0].w_hh->sizes();
     if (w_hh.size() != 2 || w_hh[0] < 1 || w_hh[0] % gates != 0) {
       fail("w_hh must be ", spell(a.cell, "[G*H, R]"), " with H >= 1, got ", w_hh);
@@ -82,7 +84,7 @@ class Checker {
     }
     bound("I", s.I), bound("H", s.H), bound("R", s.R);
     // In double: sizes up to 2^31 multiply to far beyond 64 bits. 4*padded(H) bounds the gates of every cell.
-    const auto widest = static_cast<double>(std::max({s.I, 2 * s.R, 4 * cpu::padded(s.H)}));
+    const auto widest = static_cast<double>(std::max({s.I, 2 * s.R, 4 * padded(s.H)}));
     if (static_cast<double>(s.N) * widest > kMaxElements || widest * widest > kMaxElements) {
       fail("the layer is too large: N = ", s.N, ", I = ", s.I, ", H = ", s.H, ", R = ", s.R);
     }
@@ -110,8 +112,8 @@ class Checker {
     if (b.d_c_n != nullptr) operand("d_c_n", b.d_c_n, "[D, B, H]", {s.D, s.B, s.H});
 
     dtype_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;  // of what the forward saves
-    if (cpu::saved_per_unit(a.cell) != 0) {
-      operand("gates", b.gates, "[D, N, 4*padded(H)]", {s.D, s.N, cpu::saved_per_unit(a.cell) * cpu::padded(s.H)});
+    if (saved_per_unit(a.cell) != 0) {
+      operand("gates", b.gates, "[D, N, 4*padded(H)]", {s.D, s.N, saved_per_unit(a.cell) * padded(s.H)});
     }
     if (a.cell == Cell::lstm) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
     if (b.d_cells != nullptr) operand("d_cells", b.d_cells, "[D, N, H]", {s.D, s.N, s.H});
@@ -131,12 +133,27 @@ class Checker {
     if (size > kMaxDimension) fail(letter, " must be at most ", kMaxDimension, ", got ", size);
   }
 
-  // The tensor is there, is an ordinary dense CPU tensor and its memory holds all its elements.
+  // The tensor is there, is an ordinary dense tensor of the device and its memory holds all its elements.
   void readable(const char* name, const Tensor* tensor) const {
     if (tensor == nullptr || !tensor->defined()) fail(name, " must be given");
+    if (device_ == c10::kCPU) return readable_on_cpu(name, tensor);
+    if (!tensor->device().is_cuda()) fail(name, " must be on a CUDA device like x, got ", tensor->device());
+    if (tensor->device() != arguments_.x->device()) {
+      fail(name, " must be on ", arguments_.x->device(), " like x, got ", tensor->device());
+    }
+    constexpr c10::DispatchKeySet kDenseCuda(c10::DispatchKey::CUDA);
+    dense(name, tensor, kDenseCuda);
+  }
+
+  void readable_on_cpu(const char* name, const Tensor* tensor) const {
+    if (tensor == nullptr || !tensor->defined()) fail(name, " must be given");
+    if (C10_UNLIKELY(!tensor->device().is_cpu())) fail(name, " must be on the CPU, got ", tensor->device());
     constexpr c10::DispatchKeySet kDenseCpu(c10::DispatchKey::CPU);
-    if (C10_UNLIKELY(!tensor->key_set().has_all(kDenseCpu))) {
-      if (!tensor->device().is_cpu()) fail(name, " must be on the CPU, got ", tensor->device());
+    dense(name, tensor, kDenseCpu);
+  }
+
+  void dense(const char* name, const Tensor* tensor, c10::DispatchKeySet keys) const {
+    if (C10_UNLIKELY(!tensor->key_set().has_all(keys))) {
       fail(name, " must be a dense tensor, got layout ", tensor->layout(), ", dtype ", tensor->dtype());
     }
     if (C10_UNLIKELY(!holds_its_elements(*tensor))) {
@@ -173,7 +190,7 @@ class Checker {
     static constexpr const char* kNames[2][5] = {
         {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"},
         {"w_ih_reverse", "w_hh_reverse", "b_ih_reverse", "b_hh_reverse", "w_hr_reverse"}};
-    const int64_t rows = cpu::gates_per_unit(arguments_.cell) * s.H;
+    const int64_t rows = gates_per_unit(arguments_.cell) * s.H;
     for (int64_t d = 0; d < s.D; ++d) {
       const Weights& w = arguments_.weights[d];
       operand(kNames[d][0], w.w_ih, "[G*H, I]", {rows, s.I});
@@ -205,9 +222,15 @@ class Checker {
     constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
     const Tensor& tensor = *arguments_.lengths;
     if (arguments_.batch_sizes != nullptr) fail("lengths and batch_sizes must not both be given");
-    readable("lengths", &tensor);
+    const bool values_are_here = tensor.defined() && tensor.device().is_cpu();
+    if (values_are_here) {
+      readable_on_cpu("lengths", &tensor);
+    } else {
+      readable("lengths", &tensor);
+    }
     if (tensor.scalar_type() != at::kLong) fail("lengths must be int64, got ", dtype_name(tensor.scalar_type()));
     if (!tensor.sizes().equals({s.B})) fail("lengths must be [B] = ", IntArrayRef({s.B}), ", got ", tensor.sizes());
+    if (!values_are_here) return;  // nobody waits to see them: the kernels bound them, and report
     s.lengths_owner = at::detail::empty_cpu({s.B}, at::kLong);  // nobody writes to it after the checks
     int64_t* const values = s.lengths_owner.mutable_data_ptr<int64_t>();
     const Tensor dense = tensor.key_set().has_any(kLazy) ? tensor.clone() : tensor;
@@ -245,7 +268,7 @@ class Checker {
   // batch_sizes decides T and B of a packed layer: positive, not increasing, sum N.
   void packed(Sizes& s) const {
     const Tensor& tensor = *arguments_.batch_sizes;
-    readable("batch_sizes", &tensor);
+    readable_on_cpu("batch_sizes", &tensor);
     if (tensor.scalar_type() != at::kLong) fail("batch_sizes must be int64, got ", dtype_name(tensor.scalar_type()));
     if (tensor.dim() != 1) fail("batch_sizes must be [T], got ", tensor.sizes());
     s.T = tensor.size(0);
@@ -269,6 +292,7 @@ class Checker {
   }
 
   const LayerArguments& arguments_;
+  const c10::DeviceType device_;
   at::ScalarType dtype_ = at::kFloat;
 };
 

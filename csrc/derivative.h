@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A layer with its derivative, for eager calls past the dispatcher: module_call.cpp (modules) and ops.cpp (the
+// A layer with its derivative, for eager calls past the dispatcher: module_call.cpp (modules) and module.cpp (the
 // functions fastrnn._C.*_layer_with_gradient) call it. Compilers and transforms take the derivative that
 // fastrnn/registration.py registers.
 #pragma once

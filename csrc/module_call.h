@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The calls of modules and cells, in module_call.cpp; ops.cpp puts them into fastrnn._C.
+// The calls of modules and cells, in module_call.cpp; module.cpp puts them into fastrnn._C.
 #pragma once
 
 extern "C" {

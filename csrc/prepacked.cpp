@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Packs the weights of a module for the calls of a block, and finds what has become of the weights since. Called by
-// fastrnn/prepacking.py (through ops.cpp) at both ends of the block, by module_call.cpp in between.
+// fastrnn/prepacking.py (through module.cpp) at both ends of the block, by module_call.cpp in between.
 #include "prepacked.h"
 
 #include <ATen/EmptyTensor.h>
@@ -85,7 +85,7 @@ PackedLayer Prepacked::pack(size_t layer, const cpu::Kernels* kernels) const {
   const auto D = static_cast<int64_t>(directions_);
   const Tensor x = zeros({1, 1, first[0].tensor.size(1)}, type);
   const Tensor h0 = zeros({D, 1, first[1].tensor.size(1)}, type);
-  const Tensor c0 = zeros({D, 1, first[1].tensor.size(0) / cpu::gates_per_unit(cell_)}, type);
+  const Tensor c0 = zeros({D, 1, first[1].tensor.size(0) / gates_per_unit(cell_)}, type);
   LayerArguments a{};
   a.name = "prepacked";
   a.cell = cell_;

@@ -8,6 +8,7 @@ from .conversion import Conversion, convert, patch, revert
 from .explanation import explain
 from .modules import GRU, LSTM, RNN
 from .prepacking import prepacked
+from .tiers import cuda_tier
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "convert",
+    "cuda_tier",
     "explain",
     "fullgraph",
     "functional",

@@ -24,13 +24,14 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from . import extension, onnx_export
+from . import extension, onnx_export, tiers
 from . import registration as _registration  # noqa: F401  (importing it tells the dispatcher of the operators)
 from .batching import only_vmap_active, through_vmap
-from .operators import GRU, LSTM, RNN, Operator, needs_reference
+from .operators import GRU, LSTM, RNN, Operator, needs_reference, transforms_active
 from .transforms import TransformedLayer
 
 _C: Any = extension.module
+_CUDA_KERNELS = tiers.has_kernels()  # Dynamo cannot ask the dispatcher
 
 # Bound once: an attribute look-up through torch._C costs as much as the call.
 _any_requires_grad = torch._C._any_requires_grad
@@ -70,6 +71,65 @@ def route(tensors: Sequence[Tensor | None]) -> str:
     return "reference" if needs_reference() else "kernel"
 
 
+def cuda_route(
+    tensors: Sequence[Tensor | None],
+    gates: int,
+    units: int,
+    batch: int,
+    training: bool = True,
+    extended: bool = False,
+) -> tuple[str, str]:
+    """The rung of a layer whose input is on CUDA, for which route() says "torch", and why: "kernel", or "torch" still.
+
+    tiers.choose() decides where the kernels take the tensors. Not for the cells, of which torch.nn has a kernel.
+
+    Args:
+        tensors: as for route(), x first.
+        gates, units, batch: 4, 3 or 1; H; B.
+        training: what torch.nn's forward would tell cuDNN.
+        extended: the call has lengths, resets or masks.
+    """
+    if not _takes_cuda(tensors):
+        return "torch", _refusal(tensors)
+    x = tensors[0]
+    assert x is not None
+    call = tiers.Call(
+        gates=gates,
+        dtype=x.dtype,
+        units=units,
+        batch=batch,
+        recorded=is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors),
+        training=training,
+        extended=extended,
+        compiling=is_compiling(),
+        autocast=is_autocast_enabled("cuda"),
+        cudnn=is_compiling() or tiers.cudnn_takes(x.dtype),
+        forced=tiers.forced(),
+    )
+    tier, why = tiers.choose(call)
+    return ("torch", why) if tier == "cudnn" else ("kernel", f"{tier}, because {why}")
+
+
+def _takes_cuda(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernels for CUDA exist and take these tensors: ordinary ones, of one device and one dtype."""
+    x = tensors[0]
+    if _C is None or not isinstance(x, Tensor) or not x.is_cuda or not _CUDA_KERNELS or x.dtype not in _DTYPES:
+        return False
+    compiling = is_compiling()
+    if needs_reference() or (not compiling and (_tracing_state() is not None or transforms_active())):
+        return False
+    return all(
+        isinstance(tensor, Tensor)
+        and (compiling or type(tensor) in _PLAIN)
+        and tensor.device == x.device
+        and tensor.dtype is x.dtype
+        and tensor.layout is _STRIDED
+        and not tensor.is_nested
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
 def explain_route(tensors: Sequence[Tensor | None]) -> str:
     """The decision of route() in a sentence.
 
@@ -97,7 +157,8 @@ def _refusal(tensors: Sequence[Tensor | None]) -> str:
         if not isinstance(tensor, Tensor):
             return f"an argument is a {type(tensor).__name__}, not a Tensor"
         if not tensor.is_cpu:
-            return f"a tensor is on {tensor.device} and the kernels are for the CPU"
+            kernels = "these are not built for CUDA" if tensor.is_cuda else "the kernels are for the CPU"
+            return f"a tensor is on {tensor.device} and {kernels}"
         if tensor.layout is not _STRIDED:
             return f"a tensor has the layout {tensor.layout}"
         if tensor.is_nested:
@@ -169,7 +230,10 @@ def lstm_layer(
         y: [T, B, D*R] or [N, D*R]. h_n: [D, B, R]. c_n: [D, B, H].
     """
     # fmt: off
-    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+    if (
+        is_compiling() or _C is None or _dispatch_modes() or _functorch_active()
+        or forward_ad._current_level >= 0 or not x.is_cpu
+    ):
         return _other_door(
             LSTM, (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
                    w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, w_hr_reverse), batch_sizes,
@@ -219,7 +283,10 @@ def gru_layer(
         y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
     """
     # fmt: off
-    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+    if (
+        is_compiling() or _C is None or _dispatch_modes() or _functorch_active()
+        or forward_ad._current_level >= 0 or not x.is_cpu
+    ):
         return _other_door(
             GRU, (x, h0, w_ih, w_hh, b_ih, b_hh,
                   w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes,
@@ -268,7 +335,10 @@ def rnn_layer(
         y: [T, B, D*H] or [N, D*H]. h_n: [D, B, H].
     """
     # fmt: off
-    if is_compiling() or _C is None or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0:
+    if (
+        is_compiling() or _C is None or _dispatch_modes() or _functorch_active()
+        or forward_ad._current_level >= 0 or not x.is_cpu
+    ):
         return _other_door(
             RNN, (x, h0, w_ih, w_hh, b_ih, b_hh,
                   w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse), batch_sizes, relu,

@@ -79,7 +79,7 @@ class _Checker:
         self.weights = [dict(zip(_WEIGHTS, row, strict=False)) for row in (weights[:half], weights[half:])]
 
     def layer(self) -> None:
-        self.x = x = self.on_cpu("x", self.inputs["x"])
+        self.x = x = self.on_device("x", self.inputs["x"])
         gates = self.operator.gates
         self.dtype = x.dtype
         if x.dtype not in _DTYPES:
@@ -131,7 +131,8 @@ class _Checker:
     def check_lengths(self, lengths: Tensor) -> None:
         if self.batch_sizes is not None:
             self.fail("lengths and batch_sizes must not both be given")
-        self.on_cpu("lengths", lengths)
+        if not lengths.is_cpu:
+            self.on_device("lengths", lengths)
         if lengths.dtype is not torch.int64:
             self.fail(f"lengths must be int64, got {_dtype(lengths)}")
         self.fits("lengths", lengths, "[B]", (self.B,))
@@ -145,7 +146,7 @@ class _Checker:
             return
         if self.batch_sizes is not None:
             self.fail("reset and batch_sizes must not both be given; lengths go with reset")
-        self.on_cpu("reset", reset)
+        self.on_device("reset", reset)
         if reset.dtype is not torch.bool:
             self.fail(f"reset must be bool, got {_dtype(reset)}")
         self.fits("reset", reset, "[T, B]", tuple(self.x.shape[:2]))
@@ -211,7 +212,7 @@ class _Checker:
 
     def operand(self, name: str, given: Tensor | None, rule: str = "", shape: tuple[int, ...] | None = None) -> Tensor:
         """The argument, which is a tensor of the right dtype and, if there is one, shape."""
-        tensor = self.on_cpu(name, given)
+        tensor = self.on_device(name, given)
         if tensor.dtype is not self.dtype:
             wanted, got = str(self.dtype)[6:], _dtype(tensor)
             if name[0] in "wb":
@@ -231,6 +232,16 @@ class _Checker:
             self.fail(f"{name} must be given")
         if tensor.device.type not in ("cpu", "meta"):  # meta: without data on any device
             self.fail(f"{name} must be on the CPU, got {tensor.device}")
+        return tensor
+
+    def on_device(self, name: str, tensor: Tensor | None) -> Tensor:
+        """The tensor, which is on the CPU, or on CUDA if x is."""
+        x = self.inputs["x"]
+        if tensor is None or x is None or not x.is_cuda:
+            return self.on_cpu(name, tensor)
+        if tensor.device != x.device:
+            rule = f"on {x.device} like x" if tensor.is_cuda else "on a CUDA device like x"
+            self.fail(f"{name} must be {rule}, got {tensor.device}")
         return tensor
 
     def require(self, condition: Any, message: str, tensor: Tensor) -> None:

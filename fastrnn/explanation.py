@@ -71,6 +71,15 @@ def explain(
         sentence = autograd.explain_route(tensors)
     if sentence.startswith("kernel") and further and operators.extended_needs_reference():
         sentence = f"reference: plain PyTorch ({__package__}.reference), because torch.func differentiates"
+    on_cuda = isinstance(tensors[0], Tensor) and tensors[0].is_cuda
+    if on_cuda and sentence.startswith("torch") and isinstance(module, (LSTM, GRU, RNN)):
+        sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+        rung, why = module._cuda_route(tensors, sizes, further)
+        if rung == "kernel":
+            recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            ending = "with gradient" if recorded else "without gradient"
+            return f"{name} -> kernel: fastrnn's own for CUDA, {why}, {ending}"
+        sentence = f"torch: torch.nn's own forward, because {why}"
     if sentence.startswith("torch") and further:
         sentence = f"reference: plain PyTorch (fastrnn.reference), because {sentence.partition('because ')[2]}"
     if sharded and "DTensor" in sentence:

@@ -85,12 +85,19 @@ def layer(
             return layer(operator, lower, batch_sizes, extras, options, all_cells, recompute)
     arguments = extras.arguments(operator.gates == 4, batch_sizes)
     results = operator.results
-    if autograd.route((*tensors, *extras[2:])) != "kernel" or _C is None or extended_needs_reference():
+    everything = (*tensors, *extras[2:])
+    rung = autograd.route(everything)
+    if rung == "torch" and x is not None and x.is_cuda:
+        w_hh = tensors[results + 1]
+        assert w_hh is not None
+        sizes = (operator.gates, w_hh.shape[0] // operator.gates, x.shape[-2])
+        rung, _ = autograd.cuda_route(everything, *sizes, extended=True)
+    if rung != "kernel" or _C is None or x is None or extended_needs_reference():
         check_range(operator, tensors[0], extras.lengths)
         found = operator.extended_reference(tensors, arguments, options)
         return found if all_cells else found[:results]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *extras[2:4]))
-    if is_compiling() or _dispatch_modes() or transforms_active():
+    if is_compiling() or _dispatch_modes() or transforms_active() or not x.is_cpu:
         outputs = operator.overload(*tensors, *arguments, *options, (recorded and not recompute) or all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
     elif recorded and not all_cells and extras[4:] == (None, None, None):

@@ -76,6 +76,8 @@ def lstm(
         raise TypeError(f"fastrnn.lstm: state must be a pair (h, c), got {_kind(state)}")
     states = _check("lstm", 4, x, states, ("h", "c"), directions, batch_sizes)
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung == "torch" and x.is_cuda:
+        rung = _cuda_rung(4, x, states, directions)
     if rung != "kernel":
         _check_more("lstm", x, states, ("h", "c"), directions, batch_sizes)
     if return_all_states or not (lengths is reset is h_mask is zoneout_h is zoneout_c is None and reset_state is None):
@@ -139,6 +141,8 @@ def gru(
     directions = _directions("gru", weights, reverse_weights, 4)
     states = _check("gru", 3, x, () if state is None else (state,), ("state",), directions, batch_sizes)
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung == "torch" and x.is_cuda:
+        rung = _cuda_rung(3, x, states, directions)
     if rung != "kernel":
         _check_more("gru", x, states, ("state",), directions, batch_sizes)
     if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
@@ -205,6 +209,8 @@ def rnn(
     directions = _directions("rnn", weights, reverse_weights, 4)
     states = _check("rnn", 1, x, () if state is None else (state,), ("state",), directions, batch_sizes)
     rung = autograd.route((x, *states, *directions[0], *directions[1]))
+    if rung == "torch" and x.is_cuda:
+        rung = _cuda_rung(1, x, states, directions)
     if rung != "kernel":
         _check_more("rnn", x, states, ("state",), directions, batch_sizes)
     if return_all_states or not (lengths is reset is reset_state is h_mask is zoneout_h is None):
@@ -348,6 +354,14 @@ def _check_more(
         if tensor is not None and (tensor.device != x.device or (tensor.dtype is not x.dtype and not mixed)):
             got, expected = f"{tensor.dtype} on {tensor.device}", f"{x.dtype} on {x.device}"
             raise ValueError(f"fastrnn.{function}: {name} must be {expected} like x, got {got}")
+
+
+def _cuda_rung(gates: int, x: Tensor, states: tuple[Tensor, ...], directions: tuple[Weights, Weights]) -> str:
+    """The rung of a layer on CUDA, for which route() says "torch"; without extras, of which extended.py decides."""
+    tensors = (x, *states, *directions[0], *directions[1])
+    w_hh = directions[0][1]
+    assert w_hh is not None
+    return autograd.cuda_route(tensors, gates, w_hh.shape[0] // gates, states[0].shape[1], torch.is_grad_enabled())[0]
 
 
 def _stock(

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from . import __version__, extension, functional
+from . import __version__, extension, functional, tiers
 
 
 def main() -> int:
@@ -93,7 +93,8 @@ def _cuda(build: ModuleType | None) -> str:
     if torch.version.cuda is None:
         return f"{built}; the running torch has no CUDA either"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"{built}; torch is built for CUDA {torch.version.cuda} and finds {device}, where torch.nn's code is used"
+    code = f"tier {tiers.forced()}" if tiers.has_kernels() else "torch.nn's code is used"
+    return f"{built}; torch is built for CUDA {torch.version.cuda} and finds {device}: {code}"
 
 
 def self_test() -> list[str]:

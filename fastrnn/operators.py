@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The layer operators torch.ops.fastrnn.* as Python sees them: what sets them apart, and when they cannot be called.
 
-Schemas and kernels are csrc/ops.cpp's; the derivatives stand in derivatives.py, what the dispatcher is told in
+Schemas are those of csrc/schemas.h; the derivatives stand in derivatives.py, what the dispatcher is told in
 registration.py.
 """
 
@@ -43,7 +43,7 @@ def extended_needs_reference() -> bool:
 
 @dataclass(frozen=True)
 class Operator:
-    """What sets the layer operators of the cells apart. Arguments stand in the order of the schema in csrc/ops.cpp:
+    """What sets the layer operators of the cells apart. Arguments stand in the order of csrc/schemas.h:
     x, the initial states, the weights of two directions; lengths, batch_sizes and other extras; options; save."""
 
     name: str
@@ -99,7 +99,7 @@ class Operator:
 
     @property
     def row_gradients_overload(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The backward without the sums over rows, see csrc/ops.cpp."""
+        """The backward without the sums over rows, see csrc/schemas.h."""
         return getattr(torch.ops.fastrnn, f"{self.name}_row_gradients").default
 
 

@@ -214,7 +214,9 @@ class Stack(HasStock, nn.RNNBase):
         for weights in layers:
             tensors += weights
         refuse_recording(self, tensors)
-        if autograd.route(tensors) == "torch":
+        if autograd.route(tensors) == "torch" and not (
+            isinstance(x, Tensor) and x.is_cuda and self._cuda_route(tensors, batch_sizes)[0] == "kernel"
+        ):
             return self._torch_forward(input, hx)
 
         # What has not the shape that it should have goes to torch.nn, which says so. The operator checks the weights.
@@ -295,6 +297,18 @@ class Stack(HasStock, nn.RNNBase):
             extras = dict(lengths=lengths, reset=reset, reset_state=reset_state, return_all_states=return_all_states)
         output = tracing.as_leaf(self, input, hx, extras)
         return folding.layers(self, Stack.forward, input, hx, extras) if output is None else output
+
+    def _cuda_route(
+        self, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None, extended: bool = False
+    ) -> tuple[str, str]:
+        """autograd.cuda_route() of a call with these tensors, for which route() says "torch"."""
+        x = tensors[0]
+        assert x is not None
+        if batch_sizes is not None:
+            batch = int(batch_sizes[0])
+        else:
+            batch = 1 if x.dim() != 3 else x.shape[0 if self.batch_first else 1]
+        return autograd.cuda_route(tensors, self._gates, self.hidden_size, batch, self.training, extended)
 
     def _stack(
         self,

@@ -19,14 +19,16 @@ TORCH = re.compile(r"^(torch|ATen|c10|pybind11|caffe2)/|^Python\.h$")
 INTRINSICS = re.compile(r"^([a-z]*intrin|arm_\w+)\.h$")
 # Beside csrc/cpu/isa: what the instruction sets can reach; the caller's MXCSR and the pause of a spinning thread.
 INTRINSIC_FILES = {"csrc/cpu/roofline.cpp", "csrc/cpu/run.cpp"}
-TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/layer.cpp", "csrc/cuda/layer.cpp"}
+TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/layer.cpp", "csrc/cpu/backend.h"}
+TORCH_FILES |= {f"csrc/{name}" for name in ("module.cpp", "schemas.h", "doors.h")}
+TORCH_FILES |= {f"csrc/cuda/{name}" for name in ("layer.cpp", "device.cpp")}
 TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h")}
 TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")}
 
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
     ("_C", "_build"),
-    ("extension", "reference", "batching", "onnx_export", "stock", "tracing"),
+    ("extension", "reference", "batching", "onnx_export", "stock", "tiers", "tracing"),
     ("extras", "folding", "gradients"),
     ("checks",),
     ("operators",),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Tensors -> pointers on the CPU: fills LayerForward and LayerBackward, allocates results and scratch, runs the
-// kernels. ops.cpp calls it with checked arguments and with autograd and every other dispatch layer switched off.
+// kernels. doors.h calls it with checked arguments and with autograd and every other dispatch layer switched off.
 #include "layer.h"
 
 #include <ATen/EmptyTensor.h>

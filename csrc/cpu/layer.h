@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../cell_sizes.h"
+
 namespace fastrnn {
 namespace cpu {
-
-enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
 
 // An array with one row for each step of each sequence, the features of a row adjacent.
 // Padded: element (t, b, k) at t*stride_t + b*stride_b + k; packed: row n at n*stride_b.
@@ -106,15 +106,6 @@ struct LayerBackward {
   DirectionBackward direction[2];
 };
 
-// What each cell has per unit; table.h holds these to the constants of csrc/cells. `static`: compiled once per
-// instruction set, shared by none.
-static constexpr int64_t gates_per_unit(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
-static constexpr int64_t states_per_unit(Cell cell) { return cell == Cell::lstm ? 2 : 1; }
-// Blocks that forward keeps for backward (RNN needs y alone), and gradients of gates that backward leaves.
-static constexpr int64_t saved_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 0; }
-static constexpr int64_t stored_per_unit(Cell cell) { return cell == Cell::lstm || cell == Cell::gru ? 4 : 1; }
-// Units are padded to 16 in saved and scratch arrays, whatever the instruction set.
-static constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
 // Rows that are operands of products in bfloat16 are padded to whole blocks of 32 terms.
 static constexpr int64_t in_blocks(int64_t terms) { return (terms + 31) / 32 * 32; }
 
