@@ -22,12 +22,14 @@ struct Weights {                     // of one direction
   const Tensor* b_ih;                // [G*H]
   const Tensor* b_hh;                // [G*H]
   const Tensor* w_hr;                // [P, H], LSTM only
+  const Tensor* parameters;          // [parameters*H], of an own cell that has some
   const cpu::PackedWeights* packed;  // the five above as the tile reads them, in their place; null: packed at the call
 };
 
 struct LayerArguments {
   const char* name;  // of the operator, for messages
   Cell cell;
+  const cpu::OwnCell* own;    // with Cell::own, else null
   const Tensor* x;            // [T, B, I] or [N, I]
   const Tensor* h0;           // [D, B, R]
   const Tensor* c0;           // [D, B, H], LSTM only
@@ -78,7 +80,8 @@ struct PackedLayer {
 };
 
 // Gradients in the order of the schema: x, h0, (c0), then per direction w_ih, w_hh, b_ih, b_hh, (w_hr), then reset_h,
-// (reset_c), where those in brackets are LSTM's. One that is not wanted, or whose tensor was not given, is [0].
+// (reset_c), where those in brackets are LSTM's; an own cell has its parameters in place of w_hr. One that is not
+// wanted, or whose tensor was not given, is [0].
 constexpr int kMaxGradients = 15;
 constexpr int gradient_count(Cell cell) { return cell == Cell::lstm ? kMaxGradients : 11; }
 using Gradients = std::array<Tensor, kMaxGradients>;

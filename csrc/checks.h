@@ -28,10 +28,9 @@ constexpr int64_t kMaxElements = int64_t{1} << 48;
 inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
 // A rule as a reader sees it: [G*H, R] becomes [4*H, R], [3*H, R] or [H, R].
-inline std::string spell(Cell cell, std::string rule) {
+inline std::string spell(int64_t gates, std::string rule) {
   const size_t at = rule.find("G*");
   if (at == std::string::npos) return rule;
-  const int64_t gates = gates_per_unit(cell);
   return rule.replace(at, 2, gates == 1 ? "" : std::to_string(gates) + "*");
 }
 
@@ -62,10 +61,10 @@ class Checker {
     if (s.I < 1) fail("x must have at least one feature, got ", a.x->sizes());
 
     operand("w_hh", a.weights[0].w_hh);
-    const int64_t gates = gates_per_unit(a.cell);
+    const int64_t gates = gates_per_unit(a);
     const IntArrayRef w_hh = a.weights[0].w_hh->sizes();
     if (w_hh.size() != 2 || w_hh[0] < 1 || w_hh[0] % gates != 0) {
-      fail("w_hh must be ", spell(a.cell, "[G*H, R]"), " with H >= 1, got ", w_hh);
+      fail("w_hh must be ", spell(gates, "[G*H, R]"), " with H >= 1, got ", w_hh);
     }
     s.H = w_hh[0] / gates;
     s.R = s.H;
@@ -83,14 +82,16 @@ class Checker {
       packed(s);
     }
     bound("I", s.I), bound("H", s.H), bound("R", s.R);
-    // In double: sizes up to 2^31 multiply to far beyond 64 bits. 4*padded(H) bounds the gates of every cell.
-    const auto widest = static_cast<double>(std::max({s.I, 2 * s.R, 4 * padded(s.H)}));
+    // In double: sizes up to 2^31 multiply to far beyond 64 bits. Nothing is wider than the gates, 4 at most, and what
+    // is kept of them.
+    const int64_t blocks = std::max({int64_t{4}, saved_per_unit(a), stored_per_unit(a)});
+    const auto widest = static_cast<double>(std::max({s.I, 2 * s.R, blocks * padded(s.H)}));
     if (static_cast<double>(s.N) * widest > kMaxElements || widest * widest > kMaxElements) {
       fail("the layer is too large: N = ", s.N, ", I = ", s.I, ", H = ", s.H, ", R = ", s.R);
     }
 
     operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
-    if (a.cell == Cell::lstm) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
+    if (cpu::states_per_unit(a) == 2) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
     weights(s);
     if (a.lengths != nullptr) lengths(s);
     resets(s);
@@ -112,10 +113,11 @@ class Checker {
     if (b.d_c_n != nullptr) operand("d_c_n", b.d_c_n, "[D, B, H]", {s.D, s.B, s.H});
 
     dtype_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;  // of what the forward saves
-    if (saved_per_unit(a.cell) != 0) {
-      operand("gates", b.gates, "[D, N, 4*padded(H)]", {s.D, s.N, saved_per_unit(a.cell) * padded(s.H)});
+    if (saved_per_unit(a) != 0) {
+      operand("gates", b.gates, a.own ? "[D, N, saved*padded(H)]" : "[D, N, 4*padded(H)]",
+              {s.D, s.N, saved_per_unit(a) * padded(s.H)});
     }
-    if (a.cell == Cell::lstm) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
+    if (cpu::states_per_unit(a) == 2) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
     if (b.d_cells != nullptr) operand("d_cells", b.d_cells, "[D, N, H]", {s.D, s.N, s.H});
   }
 
@@ -182,7 +184,8 @@ class Checker {
   void operand(const char* name, const Tensor* tensor, const char* rule, std::initializer_list<int64_t> sizes) const {
     operand(name, tensor);
     if (C10_UNLIKELY(!tensor->sizes().equals(sizes))) {
-      fail(name, " must be ", spell(arguments_.cell, rule), " = ", IntArrayRef(sizes), ", got ", tensor->sizes());
+      fail(name, " must be ", spell(cpu::gates_per_unit(arguments_), rule), " = ", IntArrayRef(sizes), ", got ",
+           tensor->sizes());
     }
   }
 
@@ -190,7 +193,7 @@ class Checker {
     static constexpr const char* kNames[2][5] = {
         {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"},
         {"w_ih_reverse", "w_hh_reverse", "b_ih_reverse", "b_hh_reverse", "w_hr_reverse"}};
-    const int64_t rows = gates_per_unit(arguments_.cell) * s.H;
+    const int64_t rows = gates_per_unit(arguments_) * s.H;
     for (int64_t d = 0; d < s.D; ++d) {
       const Weights& w = arguments_.weights[d];
       operand(kNames[d][0], w.w_ih, "[G*H, I]", {rows, s.I});
@@ -199,6 +202,10 @@ class Checker {
       if (w.b_hh != nullptr) operand(kNames[d][3], w.b_hh, "[G*H]", {rows});
       if (s.P != 0) operand(kNames[d][4], w.w_hr, "[P, H]", {s.P, s.H});
       if (s.P == 0 && w.w_hr != nullptr) fail(kNames[d][4], " is given without w_hr");
+      if (arguments_.own != nullptr && arguments_.own->parameters != 0) {
+        operand(d == 0 ? "parameters" : "parameters_reverse", w.parameters, "[parameters*H]",
+                {arguments_.own->parameters * s.H});
+      }
     }
     if (s.D == 2) return;
     const Weights& w = arguments_.weights[1];
@@ -249,7 +256,7 @@ class Checker {
 
   void resets(const Sizes& s) const {
     const LayerArguments& a = arguments_;
-    const bool lstm = a.cell == Cell::lstm;
+    const bool cells = cpu::states_per_unit(a) == 2;
     if (a.reset == nullptr) {
       if (a.reset_h != nullptr || a.reset_c != nullptr) fail("reset_h and reset_c are given without reset");
       return;
@@ -260,7 +267,7 @@ class Checker {
     if (!a.reset->sizes().equals({s.T, s.B})) {
       fail("reset must be [T, B] = ", IntArrayRef({s.T, s.B}), ", got ", a.reset->sizes());
     }
-    if (lstm && (a.reset_h == nullptr) != (a.reset_c == nullptr)) fail("reset_h and reset_c must be given together");
+    if (cells && (a.reset_h == nullptr) != (a.reset_c == nullptr)) fail("reset_h and reset_c must be given together");
     if (a.reset_h != nullptr) operand("reset_h", a.reset_h, "[D, B, R]", {s.D, s.B, s.R});
     if (a.reset_c != nullptr) operand("reset_c", a.reset_c, "[D, B, H]", {s.D, s.B, s.H});
   }

@@ -18,6 +18,7 @@
 #include "derivative.h"
 #include "doors.h"
 #include "module_call.h"
+#include "own_cell.h"
 #include "prepacked.h"
 
 namespace fastrnn {
@@ -160,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
       [&](const char* name, auto function) { m.def(name, torch::wrap_pybind_function_no_gil(function)); });
   fastrnn::define_module_calls(m.ptr());
   define_prepacked(m);
+  fastrnn::define_own_cells(m);
   m.def("isa", [] { return std::string(fastrnn::cpu::isa_name()); }, "The instruction set in use.");
   m.def("available_isas", &fastrnn::available_isas, "Instruction sets compiled in and supported here, best last.");
   m.def("select_isa", torch::wrap_pybind_function(fastrnn::select_isa), "Switches to an available instruction set.");

@@ -96,7 +96,7 @@ PackedLayer Prepacked::pack(size_t layer, const cpu::Kernels* kernels) const {
       const Tensor& tensor = first[d * kSlots + slot].tensor;
       return tensor.defined() ? &tensor : nullptr;
     };
-    a.weights[d] = Weights{at(0), at(1), at(2), at(3), at(4), nullptr};
+    a.weights[d] = Weights{at(0), at(1), at(2), at(3), at(4), nullptr, nullptr};
   }
   return cpu::pack_layer(a, checks::Checker(a).layer(), kernels);
 }

@@ -10,6 +10,7 @@ namespace fastrnn {
 //   n = tanh(x_n + r*q)      h' = n + z*(h - n)
 struct Gru {
   static constexpr int kGates = 3, kStates = 1, kSaved = 4, kStored = 4, kInput = 0, kRecurrent = 1;
+  static constexpr int kParameters = 0;
   static constexpr bool kProjects = false;
   // Stored gradients: [n of the input | r | z | n of the recurrence]; r and z stand once and serve both windows.
   FASTRNN_INLINE static constexpr int input_gate(int s) { return s == 0 ? 2 : s - 1; }

@@ -10,6 +10,7 @@ namespace fastrnn {
 //   c' = f*c + i*g           h' = o * tanh(c')
 struct Lstm {
   static constexpr int kGates = 4, kStates = 2, kSaved = 4, kStored = 4, kInput = 0, kRecurrent = 0;
+  static constexpr int kParameters = 0;
   FASTRNN_INLINE static constexpr int input_gate(int s) { return s; }
   FASTRNN_INLINE static constexpr int recurrent_gate(int s) { return s; }
 

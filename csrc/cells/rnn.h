@@ -32,6 +32,7 @@ struct Relu {
 template <class Activation>
 struct Rnn {
   static constexpr int kGates = 1, kStates = 1, kSaved = 0, kStored = 1, kInput = 0, kRecurrent = 0;
+  static constexpr int kParameters = 0;
   static constexpr bool kProjects = false;
   FASTRNN_INLINE static constexpr int input_gate(int s) { return s; }
   FASTRNN_INLINE static constexpr int recurrent_gate(int s) { return s; }

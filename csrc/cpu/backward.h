@@ -11,6 +11,7 @@
 #include "group.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "parameters.h"
 #include "rows.h"
 
 namespace fastrnn {
@@ -339,7 +340,8 @@ class BackwardSweep {
   inline __attribute__((always_inline)) void differentiate_pieces(const Piece* pieces) {
     using W = Group<V, K>;
     W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
-    W d[Cell::kStored], d_prev[Cell::kStates];
+    W d[Cell::kStored], d_prev[Cell::kStates], parameters[Cell::kParameters + 1];
+    load_parameters<Cell>(in(forward_.parameters), layer_.H, pieces, parameters);
     const int64_t H = layer_.H, y_offset = task_.direction * r_;
     int lanes[K];
     unroll<K>([&](auto j) __attribute__((always_inline)) {
@@ -375,11 +377,11 @@ class BackwardSweep {
       }
     });
     if constexpr (!kBlends) {
-      Cell::backward(d_next, saved, prev, next, d, d_prev);
+      backward_cell<Cell>(d_next, saved, prev, next, d, d_prev, parameters);
     } else {
       W stayed[Cell::kStates];
       unblend<K>(pieces, lanes, saved, prev, next, d_next, stayed);
-      Cell::backward(d_next, saved, prev, next, d, d_prev);
+      backward_cell<Cell>(d_next, saved, prev, next, d, d_prev, parameters);
       unroll<Cell::kStates>(
           [&](auto s) __attribute__((always_inline)) { d_prev[s.value] = d_prev[s.value] + stayed[s.value]; });
     }

@@ -155,7 +155,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     args.a_row = h_row_;
     args.a_step = 1;
     args.init_row = 0;
-    const int pair = n <= Tiles<V>::kPaired && G > 1 ? 2 : 1;
+    const int pair = n <= Tiles<V>::kPaired && G > 2 ? 2 : 1;
     const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
     for (int64_t j = 0; j < groups; ++j) {
       const int64_t p = first_panel_ + (which ? groups - 1 - j : j) * pair;

@@ -7,6 +7,7 @@
 #include "group.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "parameters.h"
 #include "rows.h"
 
 namespace fastrnn {
@@ -237,6 +238,8 @@ class ForwardSteps {
   inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
     using W = Group<V, K>;
     W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
+    W parameters[Cell::kParameters + 1];
+    load_parameters<Cell>(in(direction_.parameters), layer_.H, pieces, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
       unroll<G>([&](auto g) __attribute__((always_inline)) {
@@ -250,7 +253,7 @@ class ForwardSteps {
         prev[0].v[j.value] = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
       }
     });
-    Cell::forward(xs, rs, prev, next, saved);
+    forward_cell<Cell>(xs, rs, prev, next, saved, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
       const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;

@@ -149,7 +149,7 @@ class Gradients {
     const DirectionBackward& backward = task_.layer->direction[d];
     const int64_t member = task_.team.member, N = layer_.N;
     const bool gates = backward.d_w_ih || backward.d_w_hh || backward.d_b_ih || backward.d_b_hh;
-    if (!gates && !backward.d_w_hr) return;  // the same for every member: nobody waits
+    if (!gates && !backward.d_w_hr && !backward.d_parameters) return;  // the same for every member: nobody waits
     Operand x{out(backward.d_w_ih), Panels(layer_.I, L, 4), nullptr};
     Operand h{out(backward.d_w_hh), Panels(r_, L, 4), nullptr};
     Operand m{out(backward.d_w_hr), Panels(layer_.H, L, 4), nullptr};
@@ -183,6 +183,11 @@ class Gradients {
         const Scalar* a = in(task_.d_gates[d]) + n0 * d_row_ + s * layer_.H;
         columns(a, d_row_, rows, wide * layer_.H, n0 == 0, x_row < 0 ? nullptr : &x, x_row, h_row < 0 ? nullptr : &h,
                 h_row, x_row < 0 ? nullptr : out(backward.d_b_ih), h_row < 0 ? nullptr : out(backward.d_b_hh));
+      }
+      if constexpr (Cell::kParameters > 0) {  // sums of rows alone, as those of biases
+        const Scalar* a = in(task_.d_gates[d]) + n0 * d_row_ + (Cell::kStored - Cell::kParameters) * layer_.H;
+        columns(a, d_row_, rows, Cell::kParameters * layer_.H, n0 == 0, nullptr, 0, nullptr, 0,
+                out(backward.d_parameters), nullptr);
       }
       if (layer_.P && m.d_w) {
         columns(in(task_.d_h[d]) + n0 * r_, r_, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);

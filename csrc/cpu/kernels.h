@@ -98,15 +98,25 @@ constexpr int64_t kOverread = 16;
 // Elements of a packed strip, for tiles of 3 rows or more (gradients.h asserts it).
 constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3) * 16 + 8 * kSumRows;
 
+constexpr int kCells = 5;  // of enum Cell; null where the table has no such cell
+
 struct Kernels {
   int lanes;
-  void (*forward[4])(const ForwardTask&);    // by Cell
-  void (*backward[4])(const BackwardTask&);  // by Cell
-  void (*gradients[4])(const GradientTask&);
-  void (*pack[4])(const LayerForward& layer, int direction, const PackedWeights& packed);  // every panel
+  void (*forward[kCells])(const ForwardTask&);    // by Cell
+  void (*backward[kCells])(const BackwardTask&);  // by Cell
+  void (*gradients[kCells])(const GradientTask&);
+  void (*pack[kCells])(const LayerForward& layer, int direction, const PackedWeights& packed);  // every panel
   void (*activation)(Activation which, const void* x, void* y, int64_t n);
   int block_rows;  // rows that a product takes as long for as for one, with products in bfloat16; else 0
 };
+
+// What both sides of a library with a cell of its own must agree on; sizes tell most changes of the structs.
+constexpr int64_t kOwnLayout =
+    ((((sizeof(OwnCell) * 4099 + sizeof(LayerForward)) * 4099 + sizeof(LayerBackward)) * 4099 + sizeof(ForwardTask)) *
+         4099 +
+     sizeof(BackwardTask)) *
+        4099 +
+    sizeof(GradientTask) + sizeof(Kernels);
 
 struct Isa {
   const char* name;

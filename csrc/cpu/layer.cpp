@@ -88,7 +88,7 @@ void with_scratch(size_t bytes, Run run) {
 
 // Whether the kernels take this layer with products in bfloat16, else converted to float.
 bool rounds(const LayerArguments& a, const Sizes& s) {
-  return a.x->scalar_type() == at::kBFloat16 && s.P == 0 && multiplies_bfloat16();
+  return a.own == nullptr && a.x->scalar_type() == at::kBFloat16 && s.P == 0 && multiplies_bfloat16();
 }
 
 // The tensors of one call as the kernels read them: element type float or double, row-major; with products in bfloat16
@@ -126,6 +126,7 @@ class Operands {
   LayerForward layer(const LayerArguments& a, const Sizes& s) {
     LayerForward layer{};
     layer.cell = a.cell;
+    layer.own = a.own;
     layer.is_double = type_ == at::kDouble;
     layer.is_bfloat16 = element_ == at::kBFloat16;
     layer.T = s.T, layer.B = s.B, layer.I = s.I, layer.H = s.H, layer.P = s.P, layer.D = s.D, layer.N = s.N;
@@ -157,6 +158,7 @@ class Operands {
         direction.b_hh = dense(w.b_hh);
         direction.w_hr = dense(w.w_hr);
       }
+      direction.parameters = dense(w.parameters);
       direction.h0 = slice(h0, d, s.B * s.R * element_bytes());
       direction.c0 = slice(c0, d, s.B * s.H * bytes_);
       direction.h_mask = slice(h_mask, d, s.B * s.R * bytes_);
@@ -264,7 +266,6 @@ void* place(const Tensor& gradient, const Tensor* of, bool wanted) {
 
 // Fills in what the backward pass reads, and runs it; `layer` says which gradients of x and of weights are wanted.
 void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Operands& operands, void* d_h0, void* d_c0) {
-  const Cell cell = b.layer.cell;
   layer.forward = operands.layer(b.layer, s);
   layer.forward.y = const_cast<void*>(operands.dense(b.y));  // read only in this pass, as gates and cells
   void* const gates = const_cast<void*>(operands.dense(b.gates));
@@ -275,7 +276,7 @@ void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Opera
   const void* const d_c_n = operands.dense(b.d_c_n);
   const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
   for (int64_t d = 0; d < s.D; ++d) {
-    layer.forward.direction[d].gates = slice(gates, d, s.N * saved_per_unit(cell) * padded(s.H) * operands.bytes());
+    layer.forward.direction[d].gates = slice(gates, d, s.N * saved_per_unit(b.layer) * padded(s.H) * operands.bytes());
     layer.forward.direction[d].cells = slice(cells, d, s.N * s.H * operands.bytes());
     DirectionBackward& direction = layer.direction[d];
     direction.d_h_n = slice(d_h_n, d, h_bytes);
@@ -293,24 +294,24 @@ void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Opera
 LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, LayerResults given) {
   Operands operands(a.x->scalar_type(), rounds(a, s));
   const at::ScalarType type = operands.type();
-  const bool lstm = a.cell == Cell::lstm;
-  const int64_t saved = saved_per_unit(a.cell) * padded(s.H);
+  const bool two_states = states_per_unit(a) == 2;
+  const int64_t saved = saved_per_unit(a) * padded(s.H);
 
   LayerResults results;
   const bool converted = operands.given() != type;
   results.y = empty_y(s, operands.element());
   results.h_n = given.h_n.defined() && !converted ? given.h_n : empty({s.D, s.B, s.R}, type);
-  if (lstm) results.c_n = given.c_n.defined() && !converted ? given.c_n : empty({s.D, s.B, s.H}, type);
+  if (two_states) results.c_n = given.c_n.defined() && !converted ? given.c_n : empty({s.D, s.B, s.H}, type);
   if (save && saved != 0) results.gates = empty({s.D, s.N, saved}, type);
-  if (save && lstm) results.cells = empty({s.D, s.N, s.H}, type);
+  if (save && two_states) results.cells = empty({s.D, s.N, s.H}, type);
 
   if (s.B > 0) {
     LayerForward layer = operands.layer(a, s);
     layer.y = results.y.mutable_data_ptr();
     void* const h_n = results.h_n.mutable_data_ptr();
-    void* const c_n = lstm ? results.c_n.mutable_data_ptr() : nullptr;
+    void* const c_n = two_states ? results.c_n.mutable_data_ptr() : nullptr;
     void* const gates = save && saved != 0 ? results.gates.mutable_data_ptr() : nullptr;
-    void* const cells = save && lstm ? results.cells.mutable_data_ptr() : nullptr;
+    void* const cells = save && two_states ? results.cells.mutable_data_ptr() : nullptr;
     for (int64_t d = 0; d < s.D; ++d) {
       DirectionForward& direction = layer.direction[d];
       direction.h_n = slice(h_n, d, s.B * s.R * operands.bytes());
@@ -340,7 +341,7 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
     };
     if (operands.element() != operands.given()) back(results.y, given.y);
     back(results.h_n, given.h_n);
-    if (lstm) back(results.c_n, given.c_n);
+    if (two_states) back(results.c_n, given.c_n);
   }
   return results;
 }
@@ -374,10 +375,10 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
     gradients[position] = gradient(tensor, wanted, operands, filled);
     return place(gradients[position++], tensor, wanted);
   };
-  const bool lstm = a.cell == Cell::lstm;
+  const bool two_states = states_per_unit(a) == 2;
   layer.d_x = next(a.x, runs);
   void* const d_h0 = next(a.h0, runs);
-  void* const d_c0 = lstm ? next(a.c0, runs) : nullptr;
+  void* const d_c0 = two_states ? next(a.c0, runs) : nullptr;
   for (int64_t d = 0; d < 2; ++d) {
     const Weights& w = a.weights[d];
     DirectionBackward& direction = layer.direction[d];
@@ -385,10 +386,11 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
     direction.d_w_hh = next(w.w_hh, runs);
     direction.d_b_ih = next(w.b_ih, runs);
     direction.d_b_hh = next(w.b_hh, runs);
-    direction.d_w_hr = lstm ? next(w.w_hr, runs) : nullptr;
+    direction.d_w_hr = a.cell == Cell::lstm ? next(w.w_hr, runs) : nullptr;
+    direction.d_parameters = a.own != nullptr && a.own->parameters != 0 ? next(w.parameters, runs) : nullptr;
   }
   void* const d_reset_h = next(a.reset_h, false);  // added to
-  void* const d_reset_c = lstm ? next(a.reset_c, false) : nullptr;
+  void* const d_reset_c = two_states ? next(a.reset_c, false) : nullptr;
   const int64_t h_bytes = s.B * s.R * operands.bytes(), c_bytes = s.B * s.H * operands.bytes();
   for (int64_t d = 0; d < s.D; ++d) {
     layer.direction[d].d_reset_h = slice(d_reset_h, d, h_bytes);
@@ -401,7 +403,7 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   }
   if (runs) run(layer, b, s, operands, d_h0, d_c0);
   if (operands.given() != operands.type()) {
-    for (int k = 0; k < gradient_count(a.cell); ++k) gradients[k] = gradients[k].to(operands.given());
+    for (int k = 0; k < position; ++k) gradients[k] = gradients[k].to(operands.given());
   }
   return gradients;
 }

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "../cell_sizes.h"
+#include "own_cell.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -42,6 +43,7 @@ struct DirectionForward {
   const void* b_ih;             // [G*H] or null
   const void* b_hh;             // [G*H] or null
   const void* w_hr;             // [P, H] or null
+  const void* parameters;       // [parameters*H], of an own cell that has some; never packed
   const PackedWeights* packed;  // read in place of the five above, or null
   const void* h0;               // [B, R]
   const void* c0;               // [B, H], LSTM only, else null
@@ -58,6 +60,7 @@ struct DirectionForward {
 
 struct LayerForward {
   Cell cell;
+  const OwnCell* own;  // with Cell::own, else null
   bool is_double;  // element type of every array: double, else float
   // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16; never with a projection.
   bool is_bfloat16;
@@ -92,6 +95,7 @@ struct DirectionBackward {
   void* d_b_ih;         // [G*H]
   void* d_b_hh;         // [G*H]
   void* d_w_hr;         // [P, H]
+  void* d_parameters;   // [parameters*H]
   void* d_reset_h;      // [B, R], added to
   void* d_reset_c;      // [B, H], added to
   // What the large products are made of. Null: kept in the scratch. Given: the gradients of weights must be null.

@@ -55,9 +55,9 @@ void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panel
   }
 }
 
-// Unit blocks side by side in one panel of the forward sweep: an RNN has one gate, and room for more units.
+// Unit blocks side by side in one panel of the forward sweep: a cell of one or two gates has room for more units.
 template <class Cell>
-constexpr int kForwardPanel = Cell::kGates == 1 ? 4 : 1;
+constexpr int kForwardPanel = Cell::kGates <= 2 ? 4 / Cell::kGates : 1;
 
 // b [G*H] or null -> [block][gate][lanes], zero past H.
 template <class V, int G>

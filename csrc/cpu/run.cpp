@@ -3,7 +3,6 @@
 // and hands every thread its task. layer.cpp calls run_forward and run_backward; the kernels are in isa/.
 #include <omp.h>
 #include <pthread.h>
-#include <sched.h>
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
 #endif
@@ -14,26 +13,6 @@
 
 namespace fastrnn {
 namespace cpu {
-
-void wait(Barrier* barrier, int members) {
-  if (members == 1) return;
-  const int phase = __atomic_load_n(&barrier->phase, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == members) {
-    __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  // About 20 us of spinning; a member that lost its core is then given ours.
-  for (int spins = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins < 1000) {
-#if defined(__x86_64__) || defined(__i386__)
-      _mm_pause();
-#endif
-    } else {
-      sched_yield();
-    }
-  }
-}
 
 namespace {
 
@@ -48,7 +27,7 @@ struct Cost {
   const LayerForward& layer;
   const Kernels& kernels;
   double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
-  double gates() const { return static_cast<double>(gates_per_unit(layer.cell)); }
+  double gates() const { return static_cast<double>(gates_per_unit(layer)); }
   // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights, and a part
   // of the latter that does not overlap. Fewer than three rows wait for the weights, wherever these lie.
   double step(double rows, double parts) const {
@@ -76,7 +55,7 @@ struct Cost {
 // stay in the cache; threads that share rows write the packed weights for each other.
 double packing(const LayerForward& layer, int members, bool split_rows) {
   if (layer.direction[0].packed) return 0;
-  const double weights = static_cast<double>(gates_per_unit(layer.cell) * layer.H) *
+  const double weights = static_cast<double>(gates_per_unit(layer) * layer.H) *
                          static_cast<double>((layer.P ? layer.P : layer.H) + layer.I) * static_cast<double>(layer.D);
   return weights * (split_rows && members > 1 ? 0.8 : 0.3) / members;
 }
@@ -148,7 +127,7 @@ int64_t width_of_h(const LayerForward& layer) { return layer.P ? layer.P : layer
 // least 64 rows, since W_ih is streamed once a chunk. 192, 400 and 1000 rows measured equal up to H = 512 and 2 to 8 %
 // slower at H = 1024 (Granite Rapids).
 int64_t chunk_rows(const LayerForward& layer, int64_t rows) {
-  const int64_t row_bytes = padded(layer.H) * gates_per_unit(layer.cell) * (layer.is_double ? 8 : 4);
+  const int64_t row_bytes = padded(layer.H) * gates_per_unit(layer) * (layer.is_double ? 8 : 4);
   int64_t chunk = 256 * 1024 / row_bytes;
   if (chunk < 64) chunk = 64;
   if (chunk < rows) chunk = rows;
@@ -232,7 +211,7 @@ void run_region(int threads, const Body& body, const Fewer& fewer) {
 }
 
 PackedWeights room_for_weights(const LayerForward& layer, Scratch& scratch) {
-  const int64_t gates = padded(layer.H) * gates_per_unit(layer.cell), R = width_of_h(layer);
+  const int64_t gates = padded(layer.H) * gates_per_unit(layer), R = width_of_h(layer);
   PackedWeights room{};
   room.w_ih = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(layer.I)) : scratch.take(gates * layer.I);
   room.w_hh = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(R)) : scratch.take(gates * R);
@@ -248,7 +227,7 @@ void take_weights(const PackedWeights& from, ForwardTask& task) {
 
 // Lays out tasks of every direction and member; directions that run one after the other share their scratch.
 void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, ForwardTask (*tasks)[kMostThreads]) {
-  const int64_t G = gates_per_unit(layer.cell), Hp = padded(layer.H), Rp = padded(width_of_h(layer));
+  const int64_t G = gates_per_unit(layer), Hp = padded(layer.H), Rp = padded(width_of_h(layer));
   const int64_t rows = most_rows(layer, plan), chunk = chunk_rows(layer, rows);
   const int64_t* first = first_rows(layer, scratch);
   for (int d = 0; d < layer.D; ++d) {
@@ -273,7 +252,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       if (member == 0 || !plan.split_units) {
         shared.h[0] = scratch.take(rows * Rp);
         shared.h[1] = scratch.take(rows * Rp);
-        shared.c = scratch.take(states_per_unit(layer.cell) == 2 ? rows * Hp : 0);
+        shared.c = scratch.take(states_per_unit(layer) == 2 ? rows * Hp : 0);
         const bool masked = layer.direction[0].h_mask != nullptr && !layer.is_bfloat16;
         for (int which = 0; which < 2; ++which) {
           shared.masked_h[which] = masked ? scratch.take(rows * Rp) : shared.h[which];
@@ -294,8 +273,8 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
 void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, BackwardTask (*sweeps)[kMostThreads],
              GradientTask* gradients) {
   const LayerForward& forward = layer.forward;
-  const int64_t G = gates_per_unit(forward.cell), Hp = padded(forward.H), R = width_of_h(forward), Rp = padded(R);
-  const int64_t stored = stored_per_unit(forward.cell);
+  const int64_t G = gates_per_unit(forward), Hp = padded(forward.H), R = width_of_h(forward), Rp = padded(R);
+  const int64_t stored = stored_per_unit(forward);
   const int64_t rows = most_rows(forward, plan);
   GradientTask gradient{};
   gradient.layer = &layer;
@@ -323,7 +302,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.d_state = scratch.take(rows * Rp);
-        shared.d_c = scratch.take(states_per_unit(forward.cell) == 2 ? rows * Hp : 0);
+        shared.d_c = scratch.take(states_per_unit(forward) == 2 ? rows * Hp : 0);
       }
       shared.team.member = member;
       if (sweeps) sweeps[d][member] = shared;
@@ -340,6 +319,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
 
 const Kernels& kernels_for(const LayerForward& layer) {
   if (layer.is_bfloat16) return *chosen_isa().of_bfloat16;
+  if (layer.own) return own_kernels(*layer.own, layer.is_double);
   return layer.is_double ? *chosen_isa().of_double : *chosen_isa().of_float;
 }
 

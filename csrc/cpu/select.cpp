@@ -76,6 +76,19 @@ const Isa& chosen_isa() {
 }
 
 bool multiplies_bfloat16() { return chosen_isa().of_bfloat16 != nullptr; }
+const char* own_isa() {
+  const Isa* isa = isas;
+  while (isa->of_float != chosen_isa().of_float) ++isa;
+  return isa->name;
+}
+
+const Kernels& own_kernels(const OwnCell& cell, bool is_double) {
+  const OwnIsa* found = &cell.isas[0];
+  for (int64_t k = 1; k < cell.isa_count; ++k) {
+    if (strcmp(cell.isas[k].name, own_isa()) == 0) found = &cell.isas[k];
+  }
+  return is_double ? *found->of_double : *found->of_float;
+}
 
 const char* isa_name() { return chosen_isa().name; }
 
