@@ -7,7 +7,7 @@ IS_FIT := import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
-CXX_FILES := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'))
+CXX_FILES := $(sort $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'))
 # On a GPU machine: what was given, else python3.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 REQUIREMENTS := .venv/requirements.stamp
