@@ -46,7 +46,8 @@ def sources_digest() -> str:
     """A digest of everything in C++ that a library is compiled from but the cell itself."""
     root = Path(get_include())
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("cells/cell.h"), *root.glob("cpu/*.h"), *root.glob("cpu/isa/*")]):
+    headers = [root / "cell_sizes.h", root / "cells" / "cell.h"]
+    for path in sorted([*headers, *root.glob("cpu/*.h"), *root.glob("cpu/isa/*")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     for name in ("barrier.cpp", "own/library.cpp"):
         digest.update((root / "cpu" / name).read_bytes())
