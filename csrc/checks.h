@@ -91,7 +91,7 @@ class Checker {
     }
 
     operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
-    if (cpu::states_per_unit(a) == 2) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
+    if (states_per_unit(a) == 2) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
     weights(s);
     if (a.lengths != nullptr) lengths(s);
     resets(s);
@@ -117,7 +117,7 @@ class Checker {
       operand("gates", b.gates, a.own ? "[D, N, saved*padded(H)]" : "[D, N, 4*padded(H)]",
               {s.D, s.N, saved_per_unit(a) * padded(s.H)});
     }
-    if (cpu::states_per_unit(a) == 2) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
+    if (states_per_unit(a) == 2) operand("cells", b.cells, "[D, N, H]", {s.D, s.N, s.H});
     if (b.d_cells != nullptr) operand("d_cells", b.d_cells, "[D, N, H]", {s.D, s.N, s.H});
   }
 
@@ -184,7 +184,7 @@ class Checker {
   void operand(const char* name, const Tensor* tensor, const char* rule, std::initializer_list<int64_t> sizes) const {
     operand(name, tensor);
     if (C10_UNLIKELY(!tensor->sizes().equals(sizes))) {
-      fail(name, " must be ", spell(cpu::gates_per_unit(arguments_), rule), " = ", IntArrayRef(sizes), ", got ",
+      fail(name, " must be ", spell(gates_per_unit(arguments_), rule), " = ", IntArrayRef(sizes), ", got ",
            tensor->sizes());
     }
   }
@@ -256,7 +256,7 @@ class Checker {
 
   void resets(const Sizes& s) const {
     const LayerArguments& a = arguments_;
-    const bool cells = cpu::states_per_unit(a) == 2;
+    const bool cells = states_per_unit(a) == 2;
     if (a.reset == nullptr) {
       if (a.reset_h != nullptr || a.reset_c != nullptr) fail("reset_h and reset_c are given without reset");
       return;

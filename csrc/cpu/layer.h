@@ -61,7 +61,7 @@ struct DirectionForward {
 struct LayerForward {
   Cell cell;
   const OwnCell* own;  // with Cell::own, else null
-  bool is_double;  // element type of every array: double, else float
+  bool is_double;      // element type of every array: double, else float
   // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16; never with a projection.
   bool is_bfloat16;
   int64_t T, B, I, H, P, D, N;
