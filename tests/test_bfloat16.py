@@ -17,7 +17,10 @@ from twins import CELLS, assert_as_accurate, like, random_state, tensors_of, tra
 import fastrnn
 from fastrnn import extension
 
-pytestmark = pytest.mark.usefixtures("bfloat16_isa")
+pytestmark = [
+    pytest.mark.usefixtures("bfloat16_isa"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+]
 
 BF16 = torch.bfloat16
 ROUNDING = ("avx512_bf16", "amx")  # the instruction sets with products in bfloat16

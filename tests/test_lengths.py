@@ -187,3 +187,17 @@ def test_lengths_of_half_layers(cell):
     expected, _ = packed_call(module, x, None, lengths)
     assert y.dtype is torch.bfloat16
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_batch_first_equals_time_first_where_the_longest_comes_last(cell):
+    """The rows of a batch-first x lie at no one stride over time, and not in the order of their lengths."""
+    module, _ = twins(cell, 8, 16)
+    other, _ = twins(cell, 8, 16, batch_first=True)
+    x, lengths = torch.randn(6, 4, 8), torch.tensor([3, 4, 5, 6])
+    with torch.no_grad():
+        y, state = module(x, lengths=lengths)
+        found, found_state = other(x.transpose(0, 1).contiguous(), lengths=lengths)
+    assert torch.equal(found.transpose(0, 1), y)
+    for a, b in zip(tensors_of(found_state), tensors_of(state), strict=True):
+        assert torch.equal(a, b)

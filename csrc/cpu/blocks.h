@@ -45,7 +45,7 @@ struct BlockArgs {
 //   load(p, lanes), store(v, p, lanes)   16 elements, or the first few; store rounds to nearest, ties to even
 //   interleave(even, odd, lanes, to)     pairs of terms: to[lane][2], zero past `lanes`; odd may be null: zero
 //   transpose(from, from_row, to)        to[j][m] = from[m][j], 16 rows of 16 pairs, from_row elements apart
-//   multiply(args, nv)                   the product above, of an object that one sweep has
+//   multiply(args, nv)                   the product above, of an object that one sweep has; end() after the last one
 // and using Element = Bfloat16, kRounds = true.
 
 // Rows [first, first + 16) of w [.., k_size], of which `rows` exist -> blocks [block][pair of terms][row][2], `step`

@@ -28,6 +28,8 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
     x_gates_row_ += 16;  // rows of whole pages would share one set of the cache: 16 rows of a tile do not fit it
   }
 
+  void end() { blocks_.end(); }
+
  private:
   int64_t panel(int64_t p, int64_t k) const { return units_.first(p) * G * L * in_blocks(k); }
 
@@ -91,7 +93,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
   }
 
   // The n rows of x at time t, in the order of the states, with as many rows more to read as a tile may want.
-  const Bfloat16* x_of_step(int64_t t, int64_t n, int64_t* row) const {
+  const Bfloat16* x_of_step(int64_t t, int64_t n, int64_t* row) {
     if (layer_.I % kBlockTerms == 0 && !layer_.order && (n < kBlockRows || n % kBlockRows == 0)) {
       if (const Bfloat16* x = rows_.template x_at_one_stride<Bfloat16>(t, t + 1, row)) return x;
     }
@@ -166,7 +168,9 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
 
 template <class Cell, class V, class Blocks>
 void forward_blocks(const ForwardTask& task) {
-  ForwardBlockSweep<Cell, V, Blocks>(task).run();
+  ForwardBlockSweep<Cell, V, Blocks> sweep(task);
+  sweep.run();
+  sweep.end();
 }
 
 }  // namespace cpu

@@ -94,13 +94,13 @@ class ForwardSteps {
   }
 
   // The rows of x of times [t0, t1) one behind the other, row_size apart, in the scratch; zero past I.
-  const Element* gather_x(int64_t t0, int64_t t1, int64_t row_size) const {
+  const Element* gather_x(int64_t t0, int64_t t1, int64_t row_size) {
+    whole_ = false;  // they lie in the order of the states
     Element* to = elements(task_.x_rows);
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n = rows_.active(t);
       for (int64_t row = 0; row < n; ++row, to += row_size) {
-        const Element* from =
-            whole_ ? rows_.template x_in_batch_order<Element>(t, row) : rows_.template x<Element>(t, row);
+        const Element* from = rows_.template x<Element>(t, row);
         for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
         for (int64_t k = layer_.I; k < row_size; ++k) to[k] = Element{};
       }

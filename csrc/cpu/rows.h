@@ -55,11 +55,6 @@ class Rows {
   const Scalar* x(int64_t t, int64_t row) const {
     return at<Scalar>({layer_.x, layer_.x_stride_t, layer_.x_stride_b}, t, row);
   }
-  // The same where whole(t) and the rows are in the order of the batch, not of their lengths.
-  template <class Scalar>
-  const Scalar* x_in_batch_order(int64_t t, int64_t row) const {
-    return static_cast<const Scalar*>(layer_.x) + t * layer_.x_stride_t + row * layer_.x_stride_b;
-  }
 
   bool resets() const { return layer_.reset != nullptr; }
   // Whether the state before this row's step at time t is replaced. What comes from step t to step t-1 in the reverse

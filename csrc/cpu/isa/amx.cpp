@@ -21,10 +21,8 @@ struct TileShapes {
 };
 
 struct AmxBlocks : BlocksAvx512 {
-  AmxBlocks() = default;
-  AmxBlocks(const AmxBlocks&) = delete;
-  AmxBlocks& operator=(const AmxBlocks&) = delete;
-  ~AmxBlocks() { _tile_release(); }
+  // Not a destructor: its clean-up would bring in a symbol that other objects share.
+  void end() { _tile_release(); }
 
   // Tiles 0 to 3 hold the sums, 4 the rows of a, 5 to 7 in turn the weights: loads run ahead of the products.
   void multiply(const BlockArgs& t, int nv) {

@@ -54,6 +54,8 @@ __attribute__((noinline)) void dot_tile(const BlockArgs& t) {
 }
 
 struct DotBlocks : BlocksAvx512 {
+  void end() {}
+
   static void multiply(const BlockArgs& t, int nv) {
     static constexpr void (*tiles[4][kMostDots])(const BlockArgs&) = {
         {dot_tile<1, 1>, dot_tile<2, 1>, dot_tile<3, 1>, dot_tile<4, 1>, dot_tile<5, 1>, dot_tile<6, 1>},
