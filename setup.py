@@ -147,7 +147,8 @@ class NinjaBuild(build_ext):
         (directory / "build.ninja").write_text(ninja_file(sources_with_flags(cuda_decision()[0])))
         jobs = ["-j", os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))]
         if subprocess.run([ninja_program(), "-f", str(NINJA_DIR / "build.ninja"), *jobs], cwd=ROOT).returncode:
-            raise CompileError("a file of fastrnn does not compile; the compiler's message stands above")
+            hint = "; FASTRNN_CUDA=0 builds without CUDA" if cuda_decision()[0] else ""
+            raise CompileError(f"a file of fastrnn does not compile; the compiler's message stands above{hint}")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not written over: a program that has the old one loaded keeps it.

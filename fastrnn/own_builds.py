@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils import cpp_extension
-
 from . import extension
 
 _PACKAGE = Path(__file__).parent
@@ -107,7 +105,8 @@ def build_cell(
     text = _ninja_file(compilers, flags, {isa: build.ISA_FLAGS[isa] for isa in chosen})
     if directory is None:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        tools: Any = importlib.import_module("torch.utils.cpp_extension")  # slow, and imports setuptools
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or tools.get_default_build_root()
         directory = Path(root) / f"fastrnn_{header.stem}_{digest}"
     folder = Path(directory).resolve()
     folder.mkdir(parents=True, exist_ok=True)

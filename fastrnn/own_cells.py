@@ -57,6 +57,7 @@ class OwnCell:
         self.states: int = self._library.states
         self.parameters: int = self._library.parameters
         self.isas: tuple[str, ...] = tuple(self._library.isas)
+        self._uncompiled: Any = torch.compiler.disable(_layer)  # here, since it imports the compiler
 
     def layer(
         self,
@@ -94,7 +95,7 @@ class OwnCell:
         replacements = (None,) * self.states if reset_states is None else tuple(reset_states)
         tensors = (x, *states, *weights, *rest, lengths, None, reset, *replacements)
         if torch.compiler.is_compiling():
-            found: tuple[Tensor, ...] = _uncompiled(self, tensors)
+            found: tuple[Tensor, ...] = self._uncompiled(self, tensors)
             return found
         return _layer(self, tensors)
 
@@ -132,9 +133,6 @@ def _layer(cell: OwnCell, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, .
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floating):
         return tuple(_OwnLayer.apply(cell, *tensors))  # type: ignore[no-untyped-call]
     return tuple(_C.own_layer(cell._library, tensors, False)[: 1 + cell.states])
-
-
-_uncompiled: Any = torch.compiler.disable(_layer)
 
 
 class _OwnLayer(torch.autograd.Function):

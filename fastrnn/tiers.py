@@ -56,21 +56,25 @@ class Range:
         )
 
 
-# No kernel of fastrnn has run on a card yet, so none is known to be faster, and nobody shall lose by swapping.
+# No kernel of fastrnn has run on a card yet: none is taken unasked, and none is known to be faster.
+HAS_RUN = False
 MEASURED: tuple[Range, ...] = ()
 
 
-def choose(call: Call, measured: Sequence[Range] = MEASURED) -> tuple[str, str]:
+def choose(call: Call, measured: Sequence[Range] = MEASURED, has_run: bool = HAS_RUN) -> tuple[str, str]:
     """The code that computes a layer of ordinary CUDA tensors, and why, as the end of a sentence with "because".
 
     Args:
         call: what it is.
         measured: where which tier is faster than cuDNN; the first range that holds decides.
+        has_run: whether the kernels were ever tested on a card; if not, only those who ask for them get them.
     Returns:
         ("tier0" or "cudnn", reason). "cudnn" stands for torch.nn's own forward, with or without cuDNN.
     """
     if call.forced != "auto":
         return call.forced, f"{call.forced} is forced by fastrnn.cuda_tier or FASTRNN_CUDA_TIER"
+    if not has_run:
+        return "cudnn", 'fastrnn\'s kernels for CUDA have not run on a card yet; fastrnn.cuda_tier("tier0") takes them'
     if call.autocast:
         return "cudnn", "autocast is on for CUDA"
     if call.extended:
@@ -108,7 +112,7 @@ def cuda_tier(tier: str) -> Iterator[None]:
 
     Args:
         tier: "tier0", fastrnn's kernels, which are experimental: needed for a double backward, which cuDNN does not
-            have; "cudnn", torch.nn's own forward; "auto", what fastrnn chooses.
+            have; "cudnn", torch.nn's own forward; "auto", what fastrnn chooses, at present "cudnn".
 
     Raises:
         ValueError: tier is none of these.

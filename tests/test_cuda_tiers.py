@@ -30,11 +30,22 @@ def test_cudnn_is_kept_while_nothing_is_measured():
     for gates in (4, 3, 1):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for recorded in (False, True):
-                tier, why = choose(PLAIN._replace(gates=gates, dtype=dtype, recorded=recorded))
+                tier, why = choose(PLAIN._replace(gates=gates, dtype=dtype, recorded=recorded), has_run=True)
                 assert (tier, why) == (
                     "cudnn",
                     "no kernel of fastrnn was measured to be faster than cuDNN for such calls",
                 )
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"cudnn": False}, {"extended": True}, {"compiling": True}, {"training": False}]
+)
+def test_kernels_that_never_ran_are_for_those_who_ask(changed):
+    assert not tiers.HAS_RUN
+    tier, why = choose(PLAIN._replace(**changed))
+    assert tier == "cudnn"
+    assert "have not run on a card yet" in why
+    assert choose(PLAIN._replace(**changed, forced="tier0"))[0] == "tier0"
 
 
 @pytest.mark.parametrize(
@@ -52,18 +63,18 @@ def test_cudnn_is_kept_while_nothing_is_measured():
     ],
 )
 def test_each_reason_has_its_tier(changed, tier, why):
-    found, reason = choose(PLAIN._replace(**changed))
+    found, reason = choose(PLAIN._replace(**changed), has_run=True)
     assert found == tier
     assert why in reason
 
 
 def test_a_measured_range_decides():
     measured = [Range("tier0", (4,), (torch.float32,), (193, 512), (1, 32), (True,))]
-    assert choose(PLAIN, measured) == ("tier0", "it was measured to be faster than cuDNN for such calls")
+    assert choose(PLAIN, measured, has_run=True) == ("tier0", "it was measured to be faster than cuDNN for such calls")
     for changed in (
         {"gates": 3}, {"dtype": torch.float16}, {"units": 192}, {"units": 513}, {"batch": 33}, {"recorded": False},
     ):  # fmt: skip
-        assert choose(PLAIN._replace(**changed), measured)[0] == "cudnn", changed
+        assert choose(PLAIN._replace(**changed), measured, has_run=True)[0] == "cudnn", changed
 
 
 def test_a_block_forces_a_tier_and_ends():
@@ -106,7 +117,7 @@ def as_on_cuda(monkeypatch, compiled):
 @pytest.mark.usefixtures("as_on_cuda")
 def test_modules_describe_their_calls(monkeypatch):
     calls = []
-    monkeypatch.setattr(tiers, "choose", lambda call: calls.append(call) or choose(call))
+    monkeypatch.setattr(tiers, "choose", lambda call: calls.append(call) or choose(call, has_run=True))
     x = torch.randn(6, 2, 3, dtype=torch.float16)
     module = fastrnn.GRU(3, 5, 2, batch_first=True, dtype=torch.float16)
     tensors = [x, *module.parameters()]
@@ -129,7 +140,9 @@ def test_a_compiler_traces_the_decision():
         return x + 1 if autograd.cuda_route((x,), 4, 8, 2)[0] == "kernel" else x - 1
 
     x = torch.zeros(2)
-    assert torch.equal(torch.compile(route, backend="eager", fullgraph=True)(x), x + 1)
+    assert torch.equal(torch.compile(route, backend="eager", fullgraph=True)(x), x - 1)
+    with fastrnn.cuda_tier("tier0"):
+        assert torch.equal(torch.compile(route, backend="eager", fullgraph=True)(x), x + 1)
 
 
 # ---- the operators, as a compiler sees them on CUDA ----------------------------------------------------------------

@@ -261,6 +261,7 @@ def test_zero_tensor_is_read_as_zeros() -> None:
 @both_doors
 @pytest.mark.parametrize("dtype", LOW, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("cell", "shape"), FEW)
+@pytest.mark.usefixtures("isa")  # those without products in bfloat16
 def test_half_is_float32_rounded(door: str, cell: str, shape: dict, dtype: torch.dtype) -> None:
     layer = sample(cell, **shape, dtype=dtype)
     wide = layer.to(torch.float32)
