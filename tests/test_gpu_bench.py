@@ -379,7 +379,7 @@ def test_stages_need_a_gpu_and_say_so_in_one_sentence(stage, monkeypatch, capsys
 
 
 def test_make_target_runs_the_stage():
-    command = ["make", "-n", "gpu-bench", "PYTHON=some-python", "RESULTS=elsewhere"]
+    command = ["make", "--no-print-directory", "-n", "gpu-bench", "PYTHON=some-python", "RESULTS=elsewhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["some-python", "tools/gpu.py", "bench", "--results", "elsewhere"]
 

@@ -135,8 +135,9 @@ def _graph(library: ModuleType, problem: Problem, backend: Backend) -> Contender
 
 @contextlib.contextmanager
 def _without_cudnn() -> object:
-    torch.backends.cudnn.enabled = False
+    # torch.backends.cudnn.enabled may be frozen (torch.testing does so), and flags() would set the precision, too.
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = True
+        torch._C._set_cudnn_enabled(True)
