@@ -196,9 +196,9 @@ PYBIND11_MODULE(_C, m) {
       "sigmoid or tanh as the cells compute it, on the chosen instruction set; for the tests of its accuracy");
   m.def(
       "fma_peak",
-      [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::isa_name(), double_precision); },
-      no_gil(), "Peak of the calling thread with the instruction set in use, in GFLOP/s.");
+      [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::own_isa(), double_precision); }, no_gil(),
+      "Peak of the calling thread with the instruction set in use, in GFLOP/s.");
   m.def(
-      "read_bandwidth", [](size_t bytes) { return fastrnn::cpu::read_bandwidth(fastrnn::cpu::isa_name(), bytes); },
+      "read_bandwidth", [](size_t bytes) { return fastrnn::cpu::read_bandwidth(fastrnn::cpu::own_isa(), bytes); },
       no_gil(), "Read bandwidth of the calling thread over so many bytes, in GB/s.");
 }
