@@ -60,7 +60,7 @@ def backward(
         def again(*entries: Tensor | None) -> tuple[Tensor, ...]:
             return operator.reference(*entries, batch_sizes, *options)
 
-        return _differentiable_backward(again, tensors, gradients, wanted)
+        return differentiable_backward(again, tensors, gradients, wanted)
 
     extras = operator.extras(batch_sizes)
     buffers = buffers[: operator.buffers]
@@ -123,7 +123,7 @@ def extended_backward(
             return operator.extended_reference(entries[:count], changed, options)
 
         arguments = (*tensors, *extras[first : first + states])
-        found = _differentiable_backward(again, arguments, gradients, wanted)
+        found = differentiable_backward(again, arguments, gradients, wanted)
     else:
         if y is None or empty:  # not kept: run the forward once more
             outputs = operator.overload(*tensors, *extras, *options, True)
@@ -181,7 +181,7 @@ def continue_backward(
     return *(None if gradient is None else gradient.squeeze(0) for gradient in found[:results]), *found[results:]
 
 
-def _differentiable_backward(
+def differentiable_backward(
     again: Callable[..., tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],

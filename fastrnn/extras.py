@@ -95,7 +95,7 @@ def reference_layer(
         row = weights[direction * width : (direction + 1) * width]
         replacements = [extras.reset_h, extras.reset_c][:states]
         swept.append(
-            _sweep(
+            sweep(
                 _Step(gates, row, relu),
                 x,
                 tuple(start[direction] for start in starts),
@@ -154,7 +154,7 @@ class _Step:
         return (reference._rnn_step(projected, entering, w_hh, b_hh, self.relu),)
 
 
-def _sweep(
+def sweep(
     step: _Step,
     x: Tensor,
     start: State,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import autograd, extension
-from .derivatives import _differentiable_backward
-from .extras import _sweep
+from .derivatives import differentiable_backward
+from .extras import sweep
 from .operators import transforms_active
 from .own_builds import build_cell, sources_digest
 from .reference import State
@@ -161,7 +161,7 @@ class _OwnLayer(torch.autograd.Function):
                 fixed = tensors[first - 3 : first]
                 return _reference(cell, (*entries[:-states], *fixed, *entries[-states:]))
 
-            found = _differentiable_backward(again, [tensors[k] for k in differentiable], gradients, wanted)
+            found = differentiable_backward(again, [tensors[k] for k in differentiable], gradients, wanted)
         else:
             needs = sum(1 << position for position, want in enumerate(wanted) if want)
             d_of = (*gradients, *(None,) * (3 - len(gradients)))
@@ -173,7 +173,7 @@ class _OwnLayer(torch.autograd.Function):
 
 
 class _Step:
-    """One step of one direction, as extras._sweep calls it."""
+    """One step of one direction, as extras.sweep calls it."""
 
     def __init__(self, cell: OwnCell, weights: Sequence[Tensor | None]) -> None:
         self.cell, self.weights = cell, weights
@@ -208,6 +208,6 @@ def _reference(cell: OwnCell, tensors: Sequence[Tensor | None]) -> tuple[Tensor,
         step: Any = _Step(cell, weights[direction * slots : (direction + 1) * slots])
         start = tuple(state[direction] for state in starts)
         others = tuple(None if state is None else state[direction] for state in replacements)
-        swept.append(_sweep(step, x, start, direction == 1, lengths, reset, others, None, (None,) * cell.states))
+        swept.append(sweep(step, x, start, direction == 1, lengths, reset, others, None, (None,) * cell.states))
     y = torch.cat([every[0] for every, _ in swept], dim=-1)
     return y, *(torch.stack(ends) for ends in zip(*(final for _, final in swept), strict=True))
