@@ -29,6 +29,18 @@ struct BlockTerms {
   int64_t lines, ahead_row;
 };
 
+// What the product of rows [row, row + 32) of n fetches while it reads a panel of nv vectors: its share of the panel
+// that is used next, if there is one.
+static inline __attribute__((always_inline)) void fetch_ahead(BlockTerms& terms, int64_t nv, const Bfloat16* next,
+                                                              int64_t row, int64_t n) {
+  const int64_t tiles = (n + kRowsAtOnce - 1) / kRowsAtOnce, q = row / kRowsAtOnce;
+  const int64_t parts = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
+  const bool fetches = next && q < parts;
+  terms.lines = fetches ? nv * 16 / parts : 0;
+  terms.ahead_row = fetches ? nv * kBlock : 0;
+  terms.ahead = fetches ? next + q * terms.lines * 32 : terms.w;
+}
+
 struct BlockArgs {
   BlockTerms terms[2];  // the second sum goes on where the first ends
   const float* init;    // [nv][lane], of row m init_row*m elements later (0: one row for all)

@@ -16,6 +16,16 @@ struct Bfloat16 {
   }
 };
 
+// One of two types.
+template <bool first, class A, class B>
+struct Chosen {
+  using Type = A;
+};
+template <class A, class B>
+struct Chosen<false, A, B> {
+  using Type = B;
+};
+
 // Elements of the lane class's own type.
 template <class V>
 struct SameElements {

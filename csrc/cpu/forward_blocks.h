@@ -83,13 +83,8 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
 
   // Panel p of w, for the tile at `row` of n rows, which fetches its share of the panel that follows, if there is one.
   void weights(BlockTerms& terms, const void* w, int64_t k, int64_t p, int64_t next, int64_t row, int64_t n) const {
-    const int64_t tiles = (n + kRowsAtOnce - 1) / kRowsAtOnce, q = row / kRowsAtOnce;
-    const int64_t parts = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1, nv = units_.width(p) * G;
-    const bool fetches = next != p && q < parts;
     terms.w = elements(w) + panel(p, k);
-    terms.lines = fetches ? nv * 16 / parts : 0;
-    terms.ahead_row = fetches ? nv * kBlock : 0;
-    terms.ahead = fetches ? elements(w) + panel(next, k) + q * terms.lines * 32 : terms.w;
+    fetch_ahead(terms, units_.width(p) * G, next == p ? nullptr : elements(w) + panel(next, k), row, n);
   }
 
   // The n rows of x at time t, in the order of the states, with as many rows more to read as a tile may want.

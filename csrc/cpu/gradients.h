@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The large products after the backward sweeps: gradients of the input, of the weights and of the biases, from the
-// gradients of the gates. All threads of the call work on each direction in turn.
+// The large products after the backward sweeps on the register tile: gradients of the input, of the weights and of the
+// biases, from the gradients of the gates. All threads of the call work on each direction in turn. What belongs to
+// which weights is known by weight_gradients.h.
 //
 //   d_x = d_gates[input] * W_ih                         rows of d_x shared out; sums over gates and units, one chain
-//   d_w_ih = d_gates[input]^T * x                       rows of d_w shared out, never the sum over T*B
-//   d_w_hh = d_gates[recurrent]^T * (h one step before)
-//   d_w_hr = d_h^T * (o * tanh(c))
 #pragma once
-#include "kernels.h"
-#include "matmul.h"
-#include "rows.h"
+#include "weight_gradients.h"
 
 namespace fastrnn {
 namespace cpu {
 
 template <class Cell, class V>
-class Gradients {
-  using Scalar = typename V::Scalar;
-  static constexpr int L = V::kLanes, G = Cell::kGates;
+class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElements<V>, kSumRows> {
+  using Weights = WeightGradients<Gradients<Cell, V>, Cell, V, SameElements<V>, kSumRows>;
+  friend Weights;
+  using typename Weights::Operand;
+  using typename Weights::Scalar;
+  using Weights::d_row_, Weights::join, Weights::layer_, Weights::mask_rows_, Weights::r_, Weights::share;
+  using Weights::G, Weights::L, Weights::in, Weights::out, Weights::task_;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
   static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
@@ -26,23 +26,9 @@ class Gradients {
   static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0 && L <= kOverread);
 
  public:
-  explicit Gradients(const GradientTask& task)
-      : task_(task),
-        layer_(task.layer->forward),
-        r_(layer_.P ? layer_.P : layer_.H),
-        d_row_(Cell::kStored * layer_.H) {}
-
-  void run() {
-    if (task_.layer->d_x) input();
-    for (int d = 0; d < layer_.D; ++d) weights(d);
-  }
+  explicit Gradients(const GradientTask& task) : Weights(task, Cell::kStored * task.layer->forward.H) {}
 
  private:
-  static const Scalar* in(const void* p) { return static_cast<const Scalar*>(p); }
-  static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
-  int64_t share(int64_t n, int64_t member) const { return n * member / task_.team.members; }
-  void join() const { wait(task_.team.barrier, task_.team.members); }
-
   // Both directions in turn; direction 1 adds to what direction 0 left. Few rows: threads share the columns, and pack a
   // panel when they use it, each in the place of the one before; many rows: they pack together and share the rows.
   void input() {
@@ -138,61 +124,10 @@ class Gradients {
     }
   }
 
-  // A product panel^T * rows that is wanted: rows in column panels of `width` columns, the result [.., width].
-  struct Operand {
-    Scalar* d_w;  // null: not wanted
-    Panels panels;
-    const Scalar* packed;
-  };
-
-  void weights(int d) {
-    const DirectionBackward& backward = task_.layer->direction[d];
-    const int64_t member = task_.team.member, N = layer_.N;
-    const bool gates = backward.d_w_ih || backward.d_w_hh || backward.d_b_ih || backward.d_b_hh;
-    if (!gates && !backward.d_w_hr && !backward.d_parameters) return;  // the same for every member: nobody waits
-    Operand x{out(backward.d_w_ih), Panels(layer_.I, L, 4), nullptr};
-    Operand h{out(backward.d_w_hh), Panels(r_, L, 4), nullptr};
-    Operand m{out(backward.d_w_hr), Panels(layer_.H, L, 4), nullptr};
-    const int64_t half = kSumRows * (padded(layer_.I) + padded(r_) + (layer_.P ? padded(layer_.H) : 0));
-    Cursor cursor(layer_, task_.first_row, d);
-    for (int64_t n0 = 0; n0 < N; n0 += kSumRows) {
-      const int64_t rows = N - n0 < kSumRows ? N - n0 : kSumRows;
-      cursor.collect(rows, x_rows_, h_rows_, mask_rows_, r_);
-      Scalar* packed = out(task_.panels) + (turn_++ & 1) * half;  // the other half may still be read
-      const auto pack = [&](Operand& operand, int64_t width, const auto& row) {
-        operand.packed = packed;
-        if (operand.d_w) {
-          const Panels& panels = operand.panels;
-          const int64_t first = share(panels.count, member);
-          pack_columns<V>(row, rows, panels, first, share(panels.count, member + 1),
-                          packed + panels.first(first) * L * rows);
-        }
-        packed += kSumRows * padded(width);
-      };
-      pack(x, layer_.I, [&](int64_t k) { return x_rows_[k]; });
-      pack(h, r_, [&](int64_t k) { return h_rows_[k]; });
-      if (h.d_w && layer_.direction[d].h_mask) mask_panels(h, rows);
-      if (layer_.P) pack(m, layer_.H, [&](int64_t k) { return in(task_.cell_h[d]) + (n0 + k) * layer_.H; });
-      join();
-      for (int s = 0, wide; gates && s < Cell::kStored; s += wide) {
-        const int input = window(s, Cell::kInput), recurrent = window(s, Cell::kRecurrent);
-        for (wide = 1; s + wide < Cell::kStored && follows(s, wide); ++wide) {
-        }
-        const int64_t x_row = input < 0 ? -1 : Cell::input_gate(input) * layer_.H;
-        const int64_t h_row = recurrent < 0 ? -1 : Cell::recurrent_gate(recurrent) * layer_.H;
-        const Scalar* a = in(task_.d_gates[d]) + n0 * d_row_ + s * layer_.H;
-        columns(a, d_row_, rows, wide * layer_.H, n0 == 0, x_row < 0 ? nullptr : &x, x_row, h_row < 0 ? nullptr : &h,
-                h_row, x_row < 0 ? nullptr : out(backward.d_b_ih), h_row < 0 ? nullptr : out(backward.d_b_hh));
-      }
-      if constexpr (Cell::kParameters > 0) {  // sums of rows alone, as those of biases
-        const Scalar* a = in(task_.d_gates[d]) + n0 * d_row_ + (Cell::kStored - Cell::kParameters) * layer_.H;
-        columns(a, d_row_, rows, Cell::kParameters * layer_.H, n0 == 0, nullptr, 0, nullptr, 0,
-                out(backward.d_parameters), nullptr);
-      }
-      if (layer_.P && m.d_w) {
-        columns(in(task_.d_h[d]) + n0 * r_, r_, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);
-      }
-    }
+  template <class Row>
+  inline __attribute__((always_inline)) void pack(const Row& row, int64_t rows, const Operand& operand, int64_t first,
+                                                  int64_t last) const {
+    pack_columns<V>(row, rows, operand.panels, first, last, operand.packed + operand.panels.first(first) * L * rows);
   }
 
   // This thread's share of the packed h becomes what W_hh multiplied: h times the mask of its sequence.
@@ -200,7 +135,7 @@ class Gradients {
     const Panels& panels = h.panels;
     for (int64_t p = share(panels.count, task_.team.member); p < share(panels.count, task_.team.member + 1); ++p) {
       const int nv = static_cast<int>(panels.width(p));
-      Scalar* packed = const_cast<Scalar*>(h.packed) + panels.first(p) * L * rows;
+      Scalar* packed = h.packed + panels.first(p) * L * rows;
       for (int64_t k = 0; k < rows; ++k) {
         for (int v = 0; v < nv; ++v, packed += L) {
           const int64_t unit = (panels.first(p) + v) * L;
@@ -211,34 +146,8 @@ class Gradients {
     }
   }
 
-  // Position of stored gradient s in a window, -1 if outside.
-  static constexpr int window(int s, int first) { return s >= first && s < first + G ? s - first : -1; }
-  // Whether stored gradients s .. s+j are rows that follow each other in the same weights.
-  static constexpr bool follows(int s, int j) {
-    const int input = window(s, Cell::kInput), recurrent = window(s, Cell::kRecurrent);
-    const int input_j = window(s + j, Cell::kInput), recurrent_j = window(s + j, Cell::kRecurrent);
-    if ((input < 0) != (input_j < 0) || (recurrent < 0) != (recurrent_j < 0)) return false;
-    return (input < 0 || Cell::input_gate(input_j) == Cell::input_gate(input) + j) &&
-           (recurrent < 0 || Cell::recurrent_gate(recurrent_j) == Cell::recurrent_gate(recurrent) + j);
-  }
-
-  // This thread's share of `size` columns of a: products with up to two operands, and sums.
-  void columns(const Scalar* a, int64_t a_row, int64_t rows, int64_t size, bool start, const Operand* x, int64_t x_row,
-               const Operand* h, int64_t h_row, Scalar* d_b_ih, Scalar* d_b_hh) {
-    const int64_t end = share(size, task_.team.member + 1);
-    for (int64_t column = share(size, task_.team.member); column < end; column += kStripColumns) {
-      const int64_t wide = end - column < kStripColumns ? end - column : kStripColumns;
-      if ((x && x->d_w) || (h && h->d_w)) {
-        pack_strip<V>(a + column, a_row, rows, wide, kTileRows, kStripTile, out(task_.strip));
-        if (x && x->d_w) product(*x, x_row + column, rows, wide, start);
-        if (h && h->d_w) product(*h, h_row + column, rows, wide, start);
-      }
-      if (d_b_ih || d_b_hh) {
-        sum(a + column, a_row, rows, wide);
-        if (d_b_ih) add(out(task_.sums), wide, start, d_b_ih + x_row + column);
-        if (d_b_hh) add(out(task_.sums), wide, start, d_b_hh + h_row + column);
-      }
-    }
+  void strip(const Scalar* a, int64_t a_row, int64_t rows, int64_t columns) const {
+    pack_strip<V>(a, a_row, rows, columns, kTileRows, kStripTile, out(task_.strip));
   }
 
   void product(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, bool start) {
@@ -278,69 +187,6 @@ class Gradients {
     }
   }
 
-  static void add(const Scalar* from, int64_t n, bool start, Scalar* to) {
-    for (int64_t j = 0; j < n; j += L) {
-      const int lanes = n - j < L ? static_cast<int>(n - j) : L;
-      const V a = V::load(from + j);
-      store_lanes(start ? a : load_lanes<V>(to + j, lanes) + a, to + j, lanes);
-    }
-  }
-
-  void sum(const Scalar* a, int64_t a_row, int64_t rows, int64_t size) {
-    for (int64_t j = 0; j < size; j += L) {
-      const int lanes = size - j < L ? static_cast<int>(size - j) : L;
-      V total = V::zero();
-      for (int64_t row = 0; row < rows;) {
-        V chain = V::zero();
-        for (int64_t end = row + kShortChain < rows ? row + kShortChain : rows; row < end; ++row) {
-          chain = chain + load_lanes<V>(a + row * a_row + j, lanes);
-        }
-        total = total + chain;
-      }
-      total.store(out(task_.sums) + j);
-    }
-  }
-
-  // Walks the rows of x in order and finds for each the h that its step started from, and the mask of its sequence.
-  class Cursor {
-   public:
-    Cursor(const LayerForward& layer, const int64_t* first_row, int d)
-        : layer_(layer),
-          direction_(layer.direction[d]),
-          rows_(layer, d, Team{0, 1, false, false, nullptr}, first_row),
-          d_(d) {}
-
-    void collect(int64_t rows, const Scalar** x, const Scalar** h, const Scalar** mask, int64_t r) {
-      for (int64_t j = 0; j < rows; ++j) {
-        x[j] = rows_.template x<Scalar>(t_, row_);
-        const int64_t before = d_ == 1 ? t_ + 1 : t_ - 1;
-        if (rows_.reset(t_, row_)) {
-          h[j] = rows_.template replacement<Scalar>(direction_.reset_h, row_, r);
-        } else if (before < 0 || before >= layer_.T || row_ >= rows_.active(before)) {
-          h[j] = in(direction_.h0) + rows_.batch(row_) * r;
-        } else {
-          h[j] = in(layer_.y) + rows_.index(before, row_) * layer_.D * r + d_ * r;
-        }
-        if (direction_.h_mask) mask[j] = in(direction_.h_mask) + rows_.batch(row_) * r;
-        if (++row_ == rows_.active(t_)) ++t_, row_ = 0;
-      }
-    }
-
-   private:
-    const LayerForward& layer_;
-    const DirectionForward& direction_;
-    const Rows rows_;
-    int d_;
-    int64_t t_ = 0, row_ = 0;
-  };
-
-  const GradientTask& task_;
-  const LayerForward& layer_;
-  const int64_t r_, d_row_;
-  int turn_ = 0;
-  const Scalar* x_rows_[kSumRows];
-  const Scalar* h_rows_[kSumRows];
-  const Scalar* mask_rows_[kSumRows];
   alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 4 * L];
 };
 

@@ -56,7 +56,9 @@ struct ForwardTask {
   void* cell_h;   // [rows, Hp], o*tanh(c) before the projection
 };
 
-// One thread's part of the backward sweep over one direction: from d_y to the gradients of the gates.
+// One thread's part of the backward sweep over one direction: from d_y to the gradients of the gates. With products in
+// bfloat16 w_hh and d_gates are bfloat16, w_hh in blocks, and rows of d_gates gate_gradients_row() long; never with a
+// projection.
 struct BackwardTask {
   const LayerBackward* layer;
   int direction;
@@ -65,7 +67,7 @@ struct BackwardTask {
   // Shared by the team.
   void* w_hh;     // [G*H, Rp] in column panels
   void* w_hr;     // [P, Hp] in column panels
-  void* d_gates;  // [N, kStored*H] and kOverread elements, the result
+  void* d_gates;  // [N, kStored*H] and kOverread elements, the result; 32 rows more to read in bfloat16
   void* d_h;      // [N, P] and kOverread elements, dL/dh at every step, with a projection
   void* cell_h;   // [N, H], o*tanh(c) at every step, with a projection, when d_w_hr is wanted; else null
   // Shared by the team when it splits units, else the thread's own.
@@ -73,7 +75,8 @@ struct BackwardTask {
   void* d_c;      // [rows, Hp], LSTM only
 };
 
-// One thread's part of the large products after the sweeps; the team is all threads of the call.
+// One thread's part of the large products after the sweeps; the team is all threads of the call. With products in
+// bfloat16 all but the sums are bfloat16, w_ih, panels and strip in blocks, of kBlockSumRows rows.
 struct GradientTask {
   const LayerBackward* layer;
   Team team;
@@ -97,6 +100,11 @@ constexpr int64_t kStripColumns = 192;
 constexpr int64_t kOverread = 16;
 // Elements of a packed strip, for tiles of 3 rows or more (gradients.h asserts it).
 constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3) * 16 + 8 * kSumRows;
+
+// With products in bfloat16: rows that the weight gradients take at a time, elements of a packed strip, and elements
+// from one row of the gate gradients to the next. A window of the gates is read in whole blocks, wherever it begins.
+constexpr int64_t kBlockSumRows = 512, kBlockStripElements = kStripColumns * (kBlockSumRows + 32);
+static constexpr int64_t gate_gradients_row(int64_t stored, int64_t H) { return in_blocks(stored * H) + 32; }
 
 constexpr int kCells = 5;  // of enum Cell; null where the table has no such cell
 

@@ -251,10 +251,10 @@ Tensor empty_y(const Sizes& s, at::ScalarType type) {
   return s.batch_sizes == nullptr ? empty({s.T, s.B, s.D * s.R}, type) : empty({s.N, s.D * s.R}, type);
 }
 
-// A gradient in the type of the kernels: [0] in the given type when it is not wanted, zeros when the batch is empty.
-Tensor gradient(const Tensor* of, bool wanted, const Operands& operands, bool run) {
+// A gradient as the kernels write it: [0] in the given type when it is not wanted, zeros when the batch is empty.
+Tensor gradient(const Tensor* of, bool wanted, const Operands& operands, bool run, at::ScalarType type) {
   if (of == nullptr || !wanted) return nothing(operands.given());
-  Tensor made = empty(of->sizes(), operands.type());
+  Tensor made = empty(of->sizes(), type);
   if (!run && made.numel() > 0) std::memset(made.mutable_data_ptr(), 0, made.nbytes());
   return made;
 }
@@ -267,10 +267,11 @@ void* place(const Tensor& gradient, const Tensor* of, bool wanted) {
 // Fills in what the backward pass reads, and runs it; `layer` says which gradients of x and of weights are wanted.
 void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Operands& operands, void* d_h0, void* d_c0) {
   layer.forward = operands.layer(b.layer, s);
-  layer.forward.y = const_cast<void*>(operands.dense(b.y));  // read only in this pass, as gates and cells
+  layer.forward.y =
+      const_cast<void*>(operands.dense(b.y, operands.element()));  // read only in this pass, as gates and cells
   void* const gates = const_cast<void*>(operands.dense(b.gates));
   void* const cells = const_cast<void*>(operands.dense(b.cells));
-  layer.d_y = operands.dense(b.d_y);
+  layer.d_y = operands.dense(b.d_y, operands.element());
   const void* const d_cells = operands.dense(b.d_cells);
   const void* const d_h_n = operands.dense(b.d_h_n);
   const void* const d_c_n = operands.dense(b.d_c_n);
@@ -362,7 +363,7 @@ PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const Kernels* k
 
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type(), false);
+  Operands operands(a.x->scalar_type(), rounds(a, s) && a.h_mask == nullptr);
   const bool runs = s.B > 0 && (s.lengths == nullptr ||
                                 std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
@@ -372,7 +373,8 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   // The next gradient of the schema, that of `tensor`: its array, or null when it is not wanted.
   const auto next = [&](const Tensor* tensor, bool filled) {
     const bool wanted = (b.needs >> position & 1) != 0;
-    gradients[position] = gradient(tensor, wanted, operands, filled);
+    const at::ScalarType type = position == 0 ? operands.element() : operands.type();
+    gradients[position] = gradient(tensor, wanted, operands, filled, type);
     return place(gradients[position++], tensor, wanted);
   };
   const bool two_states = states_per_unit(a) == 2;
@@ -399,7 +401,7 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   if (s.lengths != nullptr) {
     pass_on_state(d_h0, operands.dense(b.d_h_n), s, s.R * operands.bytes());
     pass_on_state(d_c0, operands.dense(b.d_c_n), s, s.H * operands.bytes());
-    clear_padding(layer.d_x, s, 1, s.I * operands.bytes());
+    clear_padding(layer.d_x, s, 1, s.I * operands.element_bytes());
   }
   if (runs) run(layer, b, s, operands, d_h0, d_c0);
   if (operands.given() != operands.type()) {
@@ -416,9 +418,9 @@ RowGradients layer_row_gradients(const BackwardArguments& b, const Sizes& s) {
   const auto wanted = [&](int position) { return (b.needs >> position & 1) != 0; };
 
   RowGradients rows;
-  rows.d_x = gradient(a.x, wanted(0), operands, s.B > 0);
-  rows.d_h0 = gradient(a.h0, wanted(1), operands, s.B > 0);
-  if (lstm) rows.d_c0 = gradient(a.c0, wanted(2), operands, s.B > 0);
+  rows.d_x = gradient(a.x, wanted(0), operands, s.B > 0, operands.type());
+  rows.d_h0 = gradient(a.h0, wanted(1), operands, s.B > 0, operands.type());
+  if (lstm) rows.d_c0 = gradient(a.c0, wanted(2), operands, s.B > 0, operands.type());
   rows.d_gates = empty({s.D, s.N, stored}, operands.type());
   if (lstm) rows.d_h = s.P ? empty({s.D, s.N, s.P}, operands.type()) : nothing(operands.type());
   if (s.B > 0) {

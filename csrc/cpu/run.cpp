@@ -275,7 +275,11 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   const LayerForward& forward = layer.forward;
   const int64_t G = gates_per_unit(forward), Hp = padded(forward.H), R = width_of_h(forward), Rp = padded(R);
   const int64_t stored = stored_per_unit(forward);
-  const int64_t rows = most_rows(forward, plan);
+  const int64_t rows = most_rows(forward, plan), gates = G * forward.H;
+  const bool rounded = forward.is_bfloat16;
+  const int64_t d_gates =
+      rounded ? (forward.N + 32) * gate_gradients_row(stored, forward.H) : forward.N * stored * forward.H + kOverread;
+  const auto operand = [&](int64_t n) { return rounded ? scratch.rounded(n) : scratch.take(n); };
   GradientTask gradient{};
   gradient.layer = &layer;
   gradient.team = Team{0, plan.threads, false, false, barrier(scratch)};
@@ -289,16 +293,16 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     shared.direction = d;
     shared.team = Team{0, plan.members, plan.split_units, deals(forward, plan.members), barrier(scratch)};
     shared.first_row = gradient.first_row;
-    shared.w_hh = scratch.take(Rp * G * forward.H);
+    shared.w_hh = operand(Rp * (rounded ? in_blocks(gates) : gates));
     shared.w_hr = scratch.take(forward.P ? Hp * forward.P : 0);
-    shared.d_gates = direction.d_gates ? direction.d_gates : scratch.take(forward.N * stored * forward.H + kOverread);
+    shared.d_gates = direction.d_gates ? direction.d_gates : operand(d_gates);
     shared.d_h = direction.d_h ? direction.d_h : scratch.take(forward.P ? forward.N * forward.P + kOverread : 0);
     void* cell_h = scratch.take(project_gradient ? forward.N * forward.H : 0);
     shared.cell_h = project_gradient ? cell_h : nullptr;
     gradient.d_gates[d] = shared.d_gates;
     gradient.d_h[d] = shared.d_h;
     gradient.cell_h[d] = shared.cell_h;
-    gradient.w_ih[d] = scratch.take(layer.d_x ? padded(forward.I) * G * forward.H : 0);
+    gradient.w_ih[d] = operand(layer.d_x ? padded(forward.I) * (rounded ? in_blocks(gates) : gates) : 0);
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.d_state = scratch.take(rows * Rp);
@@ -308,10 +312,10 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
       if (sweeps) sweeps[d][member] = shared;
     }
   }
-  gradient.panels = scratch.take(2 * kSumRows * (padded(forward.I) + Rp + (forward.P ? Hp : 0)));
+  gradient.panels = operand(2 * (rounded ? kBlockSumRows : kSumRows) * (padded(forward.I) + Rp + (forward.P ? Hp : 0)));
   for (int thread = 0; thread < plan.threads; ++thread) {
     gradient.team.member = thread;
-    gradient.strip = scratch.take(kStripElements);
+    gradient.strip = operand(rounded ? kBlockStripElements : kStripElements);
     gradient.sums = scratch.take(kStripColumns + 16);
     if (gradients) gradients[thread] = gradient;
   }

@@ -4,7 +4,9 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "backward_blocks.h"
 #include "forward_blocks.h"
+#include "gradients_blocks.h"
 #include "kernels.h"
 
 namespace fastrnn {
@@ -16,8 +18,10 @@ constexpr Kernels block_kernels() {
   return {V::kLanes,
           {forward_blocks<Lstm, V, Blocks>, forward_blocks<Gru, V, Blocks>, forward_blocks<Rnn<Tanh>, V, Blocks>,
            forward_blocks<Rnn<Relu>, V, Blocks>},
-          {},
-          {},
+          {backward_blocks<Lstm, V, Blocks>, backward_blocks<Gru, V, Blocks>, backward_blocks<Rnn<Tanh>, V, Blocks>,
+           backward_blocks<Rnn<Relu>, V, Blocks>},
+          {gradient_blocks<Lstm, V, Blocks>, gradient_blocks<Gru, V, Blocks>, gradient_blocks<Rnn<Tanh>, V, Blocks>,
+           gradient_blocks<Rnn<Relu>, V, Blocks>},
           {pack_direction_blocks<Lstm, V, Blocks>, pack_direction_blocks<Gru, V, Blocks>,
            pack_direction_blocks<Rnn<Tanh>, V, Blocks>, pack_direction_blocks<Rnn<Relu>, V, Blocks>},
           nullptr,
