@@ -48,6 +48,7 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "amx_parts": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
 # The only files that see torch.
 TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "module", "cpu/layer", "derivative", "own_cell", "prepacked")]

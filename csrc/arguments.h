@@ -105,7 +105,7 @@ namespace cpu {
 // h_n and c_n are written into those of `given` where it has them.
 LayerResults layer_forward(const LayerArguments& arguments, const Sizes& sizes, bool save, LayerResults given = {});
 // For the instruction set chosen now, or for `kernels` if not null.
-PackedLayer pack_layer(const LayerArguments& arguments, const Sizes& sizes, const Kernels* kernels = nullptr);
+PackedLayer pack_layer(const LayerArguments& arguments, const Sizes& sizes, const PackedWeights* like);
 Gradients layer_backward(const BackwardArguments& arguments, const Sizes& sizes);
 RowGradients layer_row_gradients(const BackwardArguments& arguments, const Sizes& sizes);
 }  // namespace cpu

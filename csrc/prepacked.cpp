@@ -74,7 +74,7 @@ Prepacked::Prepacked(Cell cell, int64_t directions, const Rows& rows, const Name
 }
 
 // The checks of a call with one step and one row, which look at every weight; then its layout.
-PackedLayer Prepacked::pack(size_t layer, const cpu::Kernels* kernels) const {
+PackedLayer Prepacked::pack(size_t layer, const cpu::PackedWeights* like) const {
   const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
   const Source* const first = &sources_[layer * directions_ * kSlots];
   TORCH_CHECK(first[0].tensor.defined() && first[0].tensor.dim() == 2, "fastrnn.prepacked: ", first[0].name,
@@ -98,7 +98,7 @@ PackedLayer Prepacked::pack(size_t layer, const cpu::Kernels* kernels) const {
     };
     a.weights[d] = Weights{at(0), at(1), at(2), at(3), at(4), nullptr, nullptr};
   }
-  return cpu::pack_layer(a, checks::Checker(a).layer(), kernels);
+  return cpu::pack_layer(a, checks::Checker(a).layer(), like);
 }
 
 std::vector<std::string> Prepacked::changed(const Rows& now) const {
@@ -111,7 +111,7 @@ std::vector<std::string> Prepacked::changed(const Rows& now) const {
   }
   if (!found.empty()) return found;  // of another shape, perhaps: nothing that could be packed the same way
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
-    const PackedLayer again = pack(layer, layers_[layer].direction[0].kernels);
+    const PackedLayer again = pack(layer, &layers_[layer].direction[0]);
     for (size_t d = 0; d < directions_; ++d) {
       const auto ends = [](const Tensor& memory, const cpu::PackedWeights& p) {
         const auto* end = static_cast<const char*>(memory.const_data_ptr()) + memory.nbytes();

@@ -54,7 +54,7 @@ class Prepacked {
   };
 
   [[noreturn]] static void refuse(const Source& source, const Tensor& now);
-  PackedLayer pack(size_t layer, const cpu::Kernels* kernels) const;
+  PackedLayer pack(size_t layer, const cpu::PackedWeights* like) const;
 
   bool open_ = true;
   Cell cell_;

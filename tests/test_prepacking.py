@@ -320,11 +320,12 @@ def test_threads_share_the_packed_weights():
     assert "_prepacked" not in module.__dict__
 
 
-def test_another_instruction_set_is_refused():
+@pytest.mark.parametrize("features", [3, 400])
+def test_another_instruction_set_is_refused(features):
     before, names = extension.module.isa(), extension.module.available_isas()
     if len(names) < 2:
         pytest.skip("this machine has one instruction set")
-    module, x = a_module(), an_input("LSTM")
+    module, x = fastrnn.LSTM(features, 64), an_input("LSTM", features)
     other = next(name for name in names if name != before)
     try:
         with torch.no_grad(), fastrnn.prepacked(module):

@@ -2,7 +2,7 @@
 """Fails when an ISA object holds more than 40 sweeps; prints the instances of each and what the last builds took.
 
 Run by `make lint`. A sweep is a time loop compiled for one cell and lane class: forward<Cell, V>, backward<Cell, V>,
-or, with products in bfloat16, forward_blocks<Cell, V, Blocks>.
+or, with products in bfloat16, forward_blocks<Cell, V, Blocks> and backward_blocks<Cell, V, Blocks>.
 """
 
 import re
@@ -13,8 +13,8 @@ from isa_objects import BUILD, ROOT, isa_objects, symbols
 MOST_SWEEPS = 40
 MOST_SECONDS = 90.0  # a clean build on two cores
 CORES = 2
-SWEEP = re.compile(r"\bfastrnn::cpu::(forward|backward|forward_blocks)<")
-TILE = re.compile(r"\b(tile|dot_tile|AmxBlocks::product|AmxBlocks::pair)<")
+SWEEP = re.compile(r"\bfastrnn::cpu::(forward|backward)(_blocks)?<")
+TILE = re.compile(r"\b(tile|dot_tile|AmxBlocks::product|AmxBlocks::pair|sixteen|thirty_two)<")
 
 
 def compile_seconds() -> dict[str, float]:

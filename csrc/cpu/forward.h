@@ -32,8 +32,12 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     if (task_.packed) return;
     if (!lazy_) {
       const int64_t first = units_.first(pack_first_) * G * L;
-      pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
-                       out(task_.w_ih) + first * layer_.I);
+      if (!task_.parts) {
+        pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
+                         out(task_.w_ih) + first * layer_.I);
+      } else if constexpr (kHasParts<V>) {
+        pack_gate_parts<G>(*task_.parts, in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_, task_.w_ih);
+      }
       pack_gates<V, G>(in(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh) + first * r_);
     }
     pack_bias<V, G>(in(direction_.b_ih), units_, pack_first_, pack_last_, out(task_.b_ih));
@@ -92,16 +96,23 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   int64_t project(int64_t s) {
     const int64_t end = next_chunk(s);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
-
+    int64_t a_row = 0;
+    const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &a_row);
+    if (!a) {
+      a = gather_x(t0, t1, layer_.I);
+      a_row = layer_.I;
+    }
+    if constexpr (kHasParts<V>) {
+      if (task_.parts) {
+        project_by_parts(*task_.parts, a, a_row, s == 0, end == layer_.T && s == 0);
+        return end;
+      }
+    }
     TileArgs<Scalar> args{};
     args.k = layer_.I;
     args.chain = kSweepChain;
+    args.a_row = a_row;
     args.a_step = 1;
-    const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &args.a_row);
-    if (!a) {
-      a = gather_x(t0, t1, layer_.I);
-      args.a_row = layer_.I;
-    }
     args.init_row = 0;
     args.out_row = x_gates_row_;
     // As many rows at a time as stay in the cache beside a panel while all panels pass.
@@ -133,6 +144,48 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       }
     }
     return end;
+  }
+
+  // x_gates of a chunk in parts (parts.h), from rows of x that lie a_row apart; `first`: of all chunks, `only`: there
+  // is no other.
+  void project_by_parts(const PartProducts& parts, const Scalar* a, int64_t a_row, bool first, bool only) {
+    Bfloat16* const rows = static_cast<Bfloat16*>(task_.x_parts);
+    parts.pack_rows(a, a_row, chunk_rows_, layer_.I, rows);
+    PartArgs args{};
+    args.blocks = (layer_.I + 31) / 32;
+    args.a_row = part_row(layer_.I);
+    args.out_row = x_gates_row_;
+    parts.begin();
+    // As many rows at a time as stay in the second-level cache while all panels pass.
+    const int64_t fit = 2 * kRowBytes / (args.a_row * 2) / kPartRows * kPartRows;
+    const int64_t together = fit < 2 * kPartRows ? 2 * kPartRows : fit;
+    for (int64_t begin = 0, stop; begin < chunk_rows_; begin = stop, first = false) {
+      stop = chunk_rows_ - begin < together ? chunk_rows_ : begin + together;
+      project_rows(parts, args, begin, stop, first, only && stop - begin == chunk_rows_);
+    }
+    parts.end();
+  }
+
+  // Rows [begin, stop) of a chunk.
+  void project_rows(const PartProducts& parts, PartArgs args, int64_t begin, int64_t stop, bool first, bool only) {
+    const Bfloat16* const rows = static_cast<const Bfloat16*>(task_.x_parts);
+    for (int64_t p = first_panel_; p < last_panel_; ++p) {
+      const int64_t block = units_.first(p);
+      Bfloat16* const place =
+          static_cast<Bfloat16*>(task_.w_ih) + part_panel(layer_.I, units_.first(lazy_ && only ? first_panel_ : p) * G);
+      if (lazy_ && first) {
+        parts.pack_gates(in(direction_.w_ih), layer_.I, layer_.H, block * L, units_.width(p), G, place);
+      }
+      args.w = place;
+      args.columns = static_cast<int>(units_.width(p)) * G * L;
+      args.init = in(task_.b_ih) + block * G * L;
+      for (int64_t row = begin; row < stop; row += kPartRows) {
+        args.rows = static_cast<int>(stop - row < kPartRows ? stop - row : kPartRows);
+        args.a = rows + row * args.a_row;
+        args.out = out(task_.x_gates) + row * x_gates_row_ + (block * L - first_unit_) * G;
+        parts.multiply(args);
+      }
+    }
   }
 
   // Two steps: packing again what the cache did not keep is cheaper than writing it to memory and reading it back.

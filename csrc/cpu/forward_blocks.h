@@ -21,10 +21,12 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
   static constexpr int64_t kRowBytes = 256 * 1024, kKeptBytes = 1280 * 1024;
 
  public:
-  // One sum where the weights stay in the cache from step to step, or where the rows of a step are enough for W_ih.
+  // One sum where the rows of a step are enough for W_ih, or fill a block and the weights stay in the cache from step
+  // to step.
   explicit ForwardBlockSweep(const ForwardTask& task)
       : Steps(task),
-        one_sum_(kSummed && (rows_.count() >= 64 || G * layer_.H * (layer_.H + layer_.I) * 2 <= kKeptBytes)) {
+        one_sum_(kSummed && (rows_.count() >= 64 || (rows_.count() > kBlockRows / 2 &&
+                                                     G * layer_.H * (layer_.H + layer_.I) * 2 <= kKeptBytes))) {
     x_gates_row_ += 16;  // rows of whole pages would share one set of the cache: 16 rows of a tile do not fit it
   }
 

@@ -32,6 +32,9 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   // Both directions in turn; direction 1 adds to what direction 0 left. Few rows: threads share the columns, and pack a
   // panel when they use it, each in the place of the one before; many rows: they pack together and share the rows.
   void input() {
+    if constexpr (kHasParts<V>) {
+      if (task_.input_parts) return input_by_parts(*task_.input_parts);
+    }
     const Panels panels(layer_.I, L, 4);
     const int64_t k_size = G * layer_.H, member = task_.team.member;
     const int64_t wide = kBlockBytes / (k_size * static_cast<int64_t>(sizeof(Scalar)));
@@ -66,15 +69,88 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
 
   // Column panels [p0, p1) of W_ih, one behind the other; its rows in the order of the stored gradients.
   void pack_panels(int d, const Panels& panels, int64_t p0, int64_t p1, Scalar* packed) const {
-    const int64_t I = layer_.I, H = layer_.H;
-    const Scalar* w_ih = in(layer_.direction[d].w_ih);
-    pack_columns<V>(
-        [&](int64_t k) {
-          const int64_t gate = k / H;
-          return w_ih + (Cell::input_gate(static_cast<int>(gate)) * H + (k - gate * H)) * I;
-        },
-        G * H, panels, p0, p1, packed);
+    pack_columns<V>([&](int64_t k) { return w_ih_row(d, k); }, G * layer_.H, panels, p0, p1, packed);
   }
+
+  // The row of W_ih that stored gradient k belongs to.
+  const Scalar* w_ih_row(int d, int64_t k) const {
+    const int64_t gate = k / layer_.H;
+    const int64_t row = Cell::input_gate(static_cast<int>(gate)) * layer_.H + (k - gate * layer_.H);
+    return in(layer_.direction[d].w_ih) + row * layer_.I;
+  }
+
+  // Rows [0, k_size) by row(k) -> column panels [first, last) as right operands in parts.
+  template <class Row>
+  inline __attribute__((always_inline)) static void pack_column_parts(const PartProducts& parts, const Row& row,
+                                                                      int64_t k_size, const Panels& panels,
+                                                                      int64_t first, int64_t last, Bfloat16* to) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t column = panels.first(p) * L, stop = panels.first(p + 1) * L;
+      for (int64_t k = 0; k < k_size; k += 32, to += part_panel(32, panels.width(p))) {
+        const Scalar* rows[32];
+        const int64_t terms = k_size - k < 32 ? k_size - k : 32;
+        for (int64_t j = 0; j < terms; ++j) rows[j] = row(k + j);
+        parts.pack_columns(rows, terms, column, stop < panels.n ? stop : panels.n, to);
+      }
+    }
+  }
+
+  // d_x in parts. The threads pack together and share the rows; of these some at a time, chain by chain, so
+  // that what all panels read stays in the cache.
+  void input_by_parts(const PartProducts& parts) {
+    const Panels panels(layer_.I, L, 4);
+    const int64_t k_size = G * layer_.H, member = task_.team.member;
+    const int64_t first = share(panels.count, member), last = share(panels.count, member + 1);
+    for (int d = 0; d < layer_.D; ++d) {
+      pack_column_parts(
+          parts, [&](int64_t k) { return w_ih_row(d, k); }, k_size, panels, first, last,
+          static_cast<Bfloat16*>(task_.w_ih[d]) + part_panel(k_size, panels.first(first)));
+    }
+    join();
+    parts.begin();
+    const int64_t end = share(layer_.N, member + 1);
+    for (int64_t row = share(layer_.N, member), stop; row < end; row = stop) {
+      stop = end - row < kPartInputRows ? end : row + kPartInputRows;
+      for (int d = 0; d < layer_.D; ++d) {
+        for (int64_t k = 0; k < k_size; k += kPartChain) add_chain(parts, panels, d, k, row, stop);
+      }
+    }
+    parts.end();
+  }
+
+  // Rows [row, stop) of d_x (+)= one chain of terms, from k on.
+  void add_chain(const PartProducts& parts, const Panels& panels, int d, int64_t k, int64_t row, int64_t stop) const {
+    const int64_t I = layer_.I, k_size = G * layer_.H, terms = k_size - k < kPartChain ? k_size - k : kPartChain;
+    const bool adds = d > 0 || k > 0;
+    Bfloat16* const rows = static_cast<Bfloat16*>(task_.d_gates_parts);
+    parts.pack_rows(in(task_.d_gates[d]) + row * d_row_ + Cell::kInput * layer_.H + k, d_row_, stop - row, terms, rows);
+    alignas(64) Scalar placed[kPartRows * 4 * L];
+    PartArgs args{};
+    args.blocks = (terms + 31) / 32;
+    args.a_row = part_row(terms);
+    args.out_row = args.init_row = task_.places ? 4 * L : I;
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t column = panels.first(p) * L, width = panels.width(p), left = I - column;
+      args.w = static_cast<const Bfloat16*>(task_.w_ih[d]) + part_panel(k_size, panels.first(p)) + part_panel(k, width);
+      args.columns = static_cast<int>(left < width * L ? left : width * L);
+      for (int64_t m = row; m < stop; m += kPartRows) {
+        args.rows = static_cast<int>(stop - m < kPartRows ? stop - m : kPartRows);
+        args.a = rows + (m - row) * args.a_row;
+        args.out = task_.places ? placed : out(task_.layer->d_x) + m * I + column;
+        args.init = adds ? args.out : nullptr;
+        for (int j = 0; adds && task_.places && j < args.rows; ++j) {
+          load_row<V>(input_row(m + j) + column, args.columns, 0, args.columns, placed + j * 4 * L);
+        }
+        parts.multiply(args);
+        for (int j = 0; task_.places && j < args.rows; ++j) {
+          store_row<V>(placed + j * 4 * L, args.columns, 0, args.columns, input_row(m + j) + column);
+        }
+      }
+    }
+  }
+
+  // The row of d_x that row n of d_gates belongs to.
+  Scalar* input_row(int64_t n) const { return out(task_.layer->d_x) + task_.places[n] * layer_.I; }
 
   // Rows [row, end) of d_x in the columns of one panel, in passes of kPass terms.
   void input_panel(int d, const Panels& panels, int64_t p, const Scalar* packed, int64_t row, int64_t end,
@@ -127,6 +203,13 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   template <class Row>
   inline __attribute__((always_inline)) void pack(const Row& row, int64_t rows, const Operand& operand, int64_t first,
                                                   int64_t last) const {
+    if constexpr (kHasParts<V>) {
+      if (task_.weight_parts) {
+        Bfloat16* const packed = reinterpret_cast<Bfloat16*>(operand.packed);
+        return pack_column_parts(*task_.weight_parts, row, rows, operand.panels, first, last,
+                                 packed + part_panel(rows, operand.panels.first(first)));
+      }
+    }
     pack_columns<V>(row, rows, operand.panels, first, last, operand.packed + operand.panels.first(first) * L * rows);
   }
 
@@ -147,10 +230,18 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   }
 
   void strip(const Scalar* a, int64_t a_row, int64_t rows, int64_t columns) const {
+    if constexpr (kHasParts<V>) {
+      if (task_.weight_parts) {
+        return task_.weight_parts->pack_turned(a, a_row, rows, columns, static_cast<Bfloat16*>(task_.strip));
+      }
+    }
     pack_strip<V>(a, a_row, rows, columns, kTileRows, kStripTile, out(task_.strip));
   }
 
   void product(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, bool start) {
+    if constexpr (kHasParts<V>) {
+      if (task_.weight_parts) return product_by_parts(*task_.weight_parts, operand, w_row, rows, size, start);
+    }
     const Panels& panels = operand.panels;
     TileArgs<Scalar> args{};
     args.k = rows;
@@ -185,6 +276,29 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
         }
       }
     }
+  }
+
+  void product_by_parts(const PartProducts& parts, const Operand& operand, int64_t w_row, int64_t rows, int64_t size,
+                        bool start) const {
+    const Panels& panels = operand.panels;
+    PartArgs args{};
+    args.blocks = (rows + 31) / 32;
+    args.a_row = part_row(rows);
+    args.init_row = args.out_row = panels.n;
+    parts.begin();
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t column = panels.first(p) * L, left = panels.n - column;
+      args.w = reinterpret_cast<const Bfloat16*>(operand.packed) + part_panel(rows, panels.first(p));
+      args.columns = static_cast<int>(left < panels.width(p) * L ? left : panels.width(p) * L);
+      for (int64_t row = 0; row < size; row += kPartRows) {
+        args.rows = static_cast<int>(size - row < kPartRows ? size - row : kPartRows);
+        args.a = static_cast<const Bfloat16*>(task_.strip) + row * args.a_row;
+        args.out = operand.d_w + (w_row + row) * panels.n + column;
+        args.init = start ? nullptr : args.out;
+        parts.multiply(args);
+      }
+    }
+    parts.end();
   }
 
   alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 4 * L];

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "layer.h"
+#include "parts.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -36,9 +37,10 @@ struct ForwardTask {
   const LayerForward* layer;
   int direction;
   Team team;
-  const int64_t* first_row;  // [T] rows before step t, sum of batch_sizes; null without them (t*B)
-  int64_t chunk_rows;        // rows of input gates computed at a time; at least the rows of one step
-  bool packed;               // the weights below came packed (PackedWeights): read, never written
+  const int64_t* first_row;   // [T] rows before step t, sum of batch_sizes; null without them (t*B)
+  int64_t chunk_rows;         // rows of input gates computed at a time; at least the rows of one step
+  const PartProducts* parts;  // for the products with W_ih, or null; w_ih lies as it wants then
+  bool packed;                // the weights below came packed (PackedWeights): read, never written
   // Shared by the team, packed here (pack.h) unless they came packed; Hp = padded(H), Rp = padded(R), Pp = padded(P).
   void* w_ih;  // [Hp*G*I]
   void* w_hh;  // [Hp*G*R]
@@ -53,6 +55,7 @@ struct ForwardTask {
   // The thread's own.
   void* x_gates;  // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
   void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
+  void* x_parts;  // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
   void* cell_h;   // [rows, Hp], o*tanh(c) before the projection
 };
 
@@ -67,7 +70,7 @@ struct BackwardTask {
   // Shared by the team.
   void* w_hh;     // [G*H, Rp] in column panels
   void* w_hr;     // [P, Hp] in column panels
-  void* d_gates;  // [N, kStored*H] and kOverread elements, the result; 32 rows more to read in bfloat16
+  void* d_gates;  // [N, kStored*H] and kOverread elements, the result; 31 rows more of each member to read in bfloat16
   void* d_h;      // [N, P] and kOverread elements, dL/dh at every step, with a projection
   void* cell_h;   // [N, H], o*tanh(c) at every step, with a projection, when d_w_hr is wanted; else null
   // Shared by the team when it splits units, else the thread's own.
@@ -85,10 +88,13 @@ struct GradientTask {
   const void* d_gates[2];
   const void* d_h[2];
   const void* cell_h[2];
-  void* w_ih[2];  // shared: [G*H, padded(I)] in column panels
+  const PartProducts* input_parts;   // for d_x, or null; w_ih lies as it wants then
+  const PartProducts* weight_parts;  // for the gradients of weights, or null; so do panels and strip then
+  void* w_ih[2];                     // shared: [G*H, padded(I)] in column panels
   void* panels;  // shared, twice: [kSumRows, padded(I) + padded(R) (+ padded(H))] of x, h (and cell_h) in column panels
   void* strip;   // own: see pack_strip
   void* sums;    // own: [kStripColumns + 16]
+  void* d_gates_parts;  // own, with input_parts: [kPartInputRows, kPartChain] of d_gates as left operand
 };
 
 // Rows that the weight gradients take at a time: two chains of the tile. More would mean fewer passes over d_w, but the
@@ -105,6 +111,9 @@ constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3
 // from one row of the gate gradients to the next. A window of the gates is read in whole blocks, wherever it begins.
 constexpr int64_t kBlockSumRows = 512, kBlockStripElements = kStripColumns * (kBlockSumRows + 32);
 static constexpr int64_t gate_gradients_row(int64_t stored, int64_t H) { return in_blocks(stored * H) + 32; }
+
+// Rows of d_x that products in parts work on at a time, chain by chain.
+constexpr int64_t kPartInputRows = 128;
 
 constexpr int kCells = 5;  // of enum Cell; null where the table has no such cell
 
@@ -124,7 +133,7 @@ constexpr int64_t kOwnLayout =
          4099 +
      sizeof(BackwardTask)) *
         4099 +
-    sizeof(GradientTask) + sizeof(Kernels);
+    sizeof(GradientTask) + sizeof(Kernels) + sizeof(PartArgs) + sizeof(PartProducts);
 
 struct Isa {
   const char* name;
@@ -132,6 +141,7 @@ struct Isa {
   const Kernels* of_float;
   const Kernels* of_double;
   const Kernels* of_bfloat16;  // null: bfloat16 is converted to float
+  const PartProducts* parts;   // null: products of float operands are multiply-adds
   bool (*preferred)();         // whether it is chosen by itself before the ones that stand ahead of it
 };
 
@@ -141,6 +151,7 @@ extern const Kernels scalar_float, scalar_double;
 extern const Kernels avx2_float, avx2_double;
 extern const Kernels avx512_float, avx512_double;
 extern const Kernels avx512_bfloat16, amx_bfloat16;
+extern const PartProducts amx_parts;
 
 // Asks the system for AMX's tiles, for the whole process; whether it grants them.
 bool amx_granted();

@@ -330,7 +330,8 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
     if (layer.N > 0) {
       const Plan plan = plan_forward(layer, at::get_num_threads());
       for (int64_t d = 0; d < s.D; ++d) {
-        TORCH_CHECK(layer.direction[d].packed == nullptr || layer.direction[d].packed->kernels == plan.kernels,
+        const PackedWeights* const packed = layer.direction[d].packed;
+        TORCH_CHECK(packed == nullptr || (packed->kernels == plan.kernels && packed->parts == plan.input_parts),
                     "fastrnn.prepacked: another instruction set was chosen inside the block");
       }
       with_scratch(plan.scratch_bytes, [&](void* scratch) { run_forward(layer, plan, scratch); });
@@ -347,16 +348,16 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
   return results;
 }
 
-PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const Kernels* kernels) {
+PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeights* like) {
   Operands operands(a.x->scalar_type(), rounds(a, s));
   const LayerForward layer = operands.layer(a, s);
   PackedLayer packed{};
-  const size_t bytes = packed_bytes(layer) + kAlignment;
+  const size_t bytes = packed_bytes(layer, like) + kAlignment;
   for (int64_t d = 0; d < s.D; ++d) {
     packed.memory[d] = empty({static_cast<int64_t>(bytes)}, at::kByte);
     void* const memory = packed.memory[d].mutable_data_ptr();
     std::memset(memory, 0, bytes);
-    packed.direction[d] = pack_weights(layer, static_cast<int>(d), kernels, aligned(memory));
+    packed.direction[d] = pack_weights(layer, static_cast<int>(d), like, aligned(memory));
   }
   return packed;
 }

@@ -24,16 +24,18 @@ struct Strided {
 // Every array is contiguous and row-major unless strides are given; elements are float or double (is_bfloat16: below).
 
 struct Kernels;
+struct PartProducts;
 
 // The weights of one direction as the tile reads them (pack.h), made once by pack_weights() and read by any number of
 // calls. Padded to Hp = padded(H), Rp = padded(R).
 struct PackedWeights {
-  const Kernels* kernels;  // whose layout it is: no other instruction set can read it
-  void* w_ih;              // [Hp*G*I]
-  void* w_hh;              // [Hp*G*R]
-  void* b_ih;              // [Hp*G], zeros without a bias
-  void* b_hh;              // [Hp*G]
-  void* w_hr;              // [Rp*H], with a projection
+  const Kernels* kernels;     // whose layout it is: no other instruction set can read it
+  const PartProducts* parts;  // with which w_ih is multiplied, or null; that of the plan
+  void* w_ih;                 // [Hp*G*I]
+  void* w_hh;                 // [Hp*G*R]
+  void* b_ih;                 // [Hp*G], zeros without a bias
+  void* b_hh;                 // [Hp*G]
+  void* w_hr;                 // [Rp*H], with a projection
 };
 
 // What one direction reads and writes in the forward pass.
@@ -122,6 +124,8 @@ struct Plan {
   bool together;  // two teams, a direction each; else one thread takes the directions in turn
   bool split_units;
   size_t scratch_bytes;
+  const PartProducts* input_parts = nullptr;   // products with W_ih, null: multiply-adds
+  const PartProducts* weight_parts = nullptr;  // gradients of weights, likewise
 };
 // threads: at most this many are used (at::get_num_threads()).
 Plan plan_forward(const LayerForward& layer, int threads);
@@ -131,10 +135,10 @@ Plan plan_backward(const LayerBackward& layer, int threads);
 void run_forward(const LayerForward& layer, const Plan& plan, void* scratch);
 void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch);
 
-// Packs w_ih, w_hh, b_ih, b_hh and w_hr of a direction for the instruction set chosen now, or for `kernels` if not
+// Packs w_ih, w_hh, b_ih, b_hh and w_hr of a direction for the instruction set chosen now, or as `like` lies if not
 // null. packed_bytes: what its arrays take, 64-byte aligned; pack_weights lays them out in `memory`.
-size_t packed_bytes(const LayerForward& layer);
-PackedWeights pack_weights(const LayerForward& layer, int direction, const Kernels* kernels, void* memory);
+size_t packed_bytes(const LayerForward& layer, const PackedWeights* like);
+PackedWeights pack_weights(const LayerForward& layer, int direction, const PackedWeights* like, void* memory);
 
 // How threads share a layer is chosen by its size; tests force either way, also where it does not pay.
 enum class Split : int { chosen, rows, units };

@@ -4,7 +4,9 @@
 #pragma once
 #include <stdint.h>
 
+#include "elements.h"
 #include "layer.h"
+#include "parts.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -55,6 +57,20 @@ void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panel
   }
 }
 
+// Whether this lane class works beside products in parts, which have 16 lanes of float.
+template <class V>
+constexpr bool kHasParts = V::kLanes == 16 && sizeof(typename V::Scalar) == 4;
+
+// As pack_gates, but `packed` is where the first of all panels begins.
+template <int G>
+inline __attribute__((always_inline)) void pack_gate_parts(const PartProducts& parts, const float* w, int64_t k_size,
+                                                           const Panels& panels, int64_t p0, int64_t p1, void* packed) {
+  for (int64_t p = p0; p < p1; ++p) {
+    parts.pack_gates(w, k_size, panels.n, panels.first(p) * panels.lanes, panels.width(p), G,
+                     static_cast<Bfloat16*>(packed) + part_panel(k_size, panels.first(p) * G));
+  }
+}
+
 // Unit blocks side by side in one panel of the forward sweep: a cell of one or two gates has room for more units.
 template <class Cell>
 constexpr int kForwardPanel = Cell::kGates <= 2 ? 4 / Cell::kGates : 1;
@@ -82,7 +98,11 @@ void pack_direction(const LayerForward& layer, int d, const PackedWeights& packe
   const auto out = [](void* p) { return static_cast<Scalar*>(p); };
   const DirectionForward& direction = layer.direction[d];
   const Panels units(layer.H, V::kLanes, kForwardPanel<Cell>);
-  pack_gates<V, G>(in(direction.w_ih), layer.I, units, 0, units.count, out(packed.w_ih));
+  if constexpr (kHasParts<V>) {
+    if (packed.parts)
+      pack_gate_parts<G>(*packed.parts, in(direction.w_ih), layer.I, units, 0, units.count, packed.w_ih);
+  }
+  if (!packed.parts) pack_gates<V, G>(in(direction.w_ih), layer.I, units, 0, units.count, out(packed.w_ih));
   pack_gates<V, G>(in(direction.w_hh), layer.P ? layer.P : layer.H, units, 0, units.count, out(packed.w_hh));
   pack_bias<V, G>(in(direction.b_ih), units, 0, units.count, out(packed.b_ih));
   pack_bias<V, G>(in(direction.b_hh), units, 0, units.count, out(packed.b_hh));

@@ -125,11 +125,13 @@ int64_t width_of_h(const LayerForward& layer) { return layer.P ? layer.P : layer
 
 // Rows of input gates per chunk: about 256 KB of them, so that they are still cached when the steps read them, but at
 // least 64 rows, since W_ih is streamed once a chunk. 192, 400 and 1000 rows measured equal up to H = 512 and 2 to 8 %
-// slower at H = 1024 (Granite Rapids).
-int64_t chunk_rows(const LayerForward& layer, int64_t rows) {
+// slower at H = 1024 (Granite Rapids). In parts (parts.h) W_ih is multiplied faster than it comes from the third-level
+// cache: there 192 rows are 5 to 10 % faster than 64.
+int64_t chunk_rows(const LayerForward& layer, int64_t rows, bool in_parts) {
   const int64_t row_bytes = padded(layer.H) * gates_per_unit(layer) * (layer.is_double ? 8 : 4);
   int64_t chunk = 256 * 1024 / row_bytes;
-  if (chunk < 64) chunk = 64;
+  const int64_t least = in_parts ? 192 : 64;
+  if (chunk < least) chunk = least;
   if (chunk < rows) chunk = rows;
   const int64_t all = rows * layer.T;
   return chunk < all ? chunk : all;
@@ -210,10 +212,15 @@ void run_region(int threads, const Body& body, const Fewer& fewer) {
   if (!granted) fewer();
 }
 
-PackedWeights room_for_weights(const LayerForward& layer, Scratch& scratch) {
+PackedWeights room_for_weights(const LayerForward& layer, const PartProducts* parts, Scratch& scratch) {
   const int64_t gates = padded(layer.H) * gates_per_unit(layer), R = width_of_h(layer);
   PackedWeights room{};
-  room.w_ih = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(layer.I)) : scratch.take(gates * layer.I);
+  room.parts = parts;
+  if (parts) {
+    room.w_ih = scratch.rounded(part_panel(layer.I, gates / 16));
+  } else {
+    room.w_ih = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(layer.I)) : scratch.take(gates * layer.I);
+  }
   room.w_hh = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(R)) : scratch.take(gates * R);
   room.b_ih = scratch.take(gates);
   room.b_hh = scratch.take(gates);
@@ -228,7 +235,7 @@ void take_weights(const PackedWeights& from, ForwardTask& task) {
 // Lays out tasks of every direction and member; directions that run one after the other share their scratch.
 void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, ForwardTask (*tasks)[kMostThreads]) {
   const int64_t G = gates_per_unit(layer), Hp = padded(layer.H), Rp = padded(width_of_h(layer));
-  const int64_t rows = most_rows(layer, plan), chunk = chunk_rows(layer, rows);
+  const int64_t rows = most_rows(layer, plan), chunk = chunk_rows(layer, rows, plan.input_parts != nullptr);
   const int64_t* first = first_rows(layer, scratch);
   for (int d = 0; d < layer.D; ++d) {
     if (d == 1 && !plan.together) {
@@ -247,7 +254,8 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
     shared.chunk_rows = chunk;
     const PackedWeights* const packed = layer.direction[d].packed;
     shared.packed = packed != nullptr;
-    take_weights(packed ? *packed : room_for_weights(layer, scratch), shared);
+    shared.parts = plan.input_parts;
+    take_weights(packed ? *packed : room_for_weights(layer, plan.input_parts, scratch), shared);
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.h[0] = scratch.take(rows * Rp);
@@ -264,6 +272,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       task.x_gates = scratch.take(layer.is_bfloat16 ? (chunk + 15) * (Hp * G + 16) : chunk * Hp * G);
       task.x_rows =
           layer.is_bfloat16 ? scratch.rounded((chunk + 15) * in_blocks(layer.I)) : scratch.take(chunk * layer.I);
+      task.x_parts = plan.input_parts ? scratch.rounded((chunk + 31) * part_row(layer.I)) : nullptr;
       task.cell_h = scratch.take(layer.P ? rows * Hp : 0);
       if (tasks) tasks[d][member] = task;
     }
@@ -277,13 +286,15 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   const int64_t stored = stored_per_unit(forward);
   const int64_t rows = most_rows(forward, plan), gates = G * forward.H;
   const bool rounded = forward.is_bfloat16;
-  const int64_t d_gates =
-      rounded ? (forward.N + 32) * gate_gradients_row(stored, forward.H) : forward.N * stored * forward.H + kOverread;
+  const int64_t d_gates = rounded ? (forward.N + 31 * plan.members) * gate_gradients_row(stored, forward.H)
+                                  : forward.N * stored * forward.H + kOverread;
   const auto operand = [&](int64_t n) { return rounded ? scratch.rounded(n) : scratch.take(n); };
   GradientTask gradient{};
   gradient.layer = &layer;
   gradient.team = Team{0, plan.threads, false, false, barrier(scratch)};
   gradient.first_row = first_rows(forward, scratch);
+  gradient.input_parts = plan.input_parts;
+  gradient.weight_parts = plan.weight_parts;
   gradient.places = places(forward, scratch);
   for (int d = 0; d < forward.D; ++d) {
     const DirectionBackward& direction = layer.direction[d];
@@ -302,7 +313,9 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     gradient.d_gates[d] = shared.d_gates;
     gradient.d_h[d] = shared.d_h;
     gradient.cell_h[d] = shared.cell_h;
-    gradient.w_ih[d] = operand(layer.d_x ? padded(forward.I) * (rounded ? in_blocks(gates) : gates) : 0);
+    const int64_t terms = rounded ? in_blocks(gates) : gates;
+    gradient.w_ih[d] = plan.input_parts ? scratch.rounded(part_panel(gates, padded(forward.I) / 16))
+                                        : operand(layer.d_x ? padded(forward.I) * terms : 0);
     for (int member = 0; member < plan.members; ++member) {
       if (member == 0 || !plan.split_units) {
         shared.d_state = scratch.take(rows * Rp);
@@ -312,10 +325,14 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
       if (sweeps) sweeps[d][member] = shared;
     }
   }
-  gradient.panels = operand(2 * (rounded ? kBlockSumRows : kSumRows) * (padded(forward.I) + Rp + (forward.P ? Hp : 0)));
+  const int64_t widths = padded(forward.I) + Rp + (forward.P ? Hp : 0);
+  gradient.panels = plan.weight_parts ? scratch.rounded(2 * part_panel(kSumRows, widths / 16))
+                                      : operand(2 * (rounded ? kBlockSumRows : kSumRows) * widths);
   for (int thread = 0; thread < plan.threads; ++thread) {
     gradient.team.member = thread;
-    gradient.strip = operand(rounded ? kBlockStripElements : kStripElements);
+    gradient.strip = plan.weight_parts ? scratch.rounded(kStripColumns * part_row(kSumRows))
+                                       : operand(rounded ? kBlockStripElements : kStripElements);
+    gradient.d_gates_parts = plan.input_parts ? scratch.rounded(kPartInputRows * part_row(kPartChain)) : nullptr;
     gradient.sums = scratch.take(kStripColumns + 16);
     if (gradients) gradients[thread] = gradient;
   }
@@ -325,6 +342,30 @@ const Kernels& kernels_for(const LayerForward& layer) {
   if (layer.is_bfloat16) return *chosen_isa().of_bfloat16;
   if (layer.own) return own_kernels(*layer.own, layer.is_double);
   return layer.is_double ? *chosen_isa().of_double : *chosen_isa().of_float;
+}
+
+const PartProducts* part_products(const LayerForward& layer, const Kernels& kernels) {
+  return layer.is_double || layer.is_bfloat16 || kernels.lanes != 16 ? nullptr : chosen_isa().parts;
+}
+
+// Whether W_ih is multiplied in parts. Bits must be those of any other number of rows: the size of W_ih decides.
+const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels) {
+  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= 49152;
+  return pays ? part_products(layer, kernels) : nullptr;
+}
+
+// Whether the gradients of weights are computed in parts. Their bits are those of one batch anyway.
+const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels) {
+  const int64_t weights = gates_per_unit(layer) * layer.H * (layer.I + width_of_h(layer));
+  const bool pays = layer.N >= 64 && weights >= 32768 && !layer.direction[0].h_mask;
+  return pays ? part_products(layer, kernels) : nullptr;
+}
+
+// The same on one thread.
+Plan serial_plan(const Plan& plan) {
+  Plan serial = serial_plan(*plan.kernels);
+  serial.input_parts = plan.input_parts, serial.weight_parts = plan.weight_parts;
+  return serial;
 }
 
 size_t element(const LayerForward& layer) { return layer.is_double ? 8 : 4; }
@@ -344,7 +385,7 @@ void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
         }
         for (int d = 0; d < layer.D; ++d) run(shared[d][thread]);
       },
-      [&] { forward_with(layer, serial_plan(*plan.kernels), memory); });
+      [&] { forward_with(layer, serial_plan(plan), memory); });
 }
 
 void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
@@ -367,7 +408,7 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
         wait(gradient_tasks[0].team.barrier, plan.threads);
         products(gradient_tasks[thread]);
       },
-      [&] { backward_with(layer, serial_plan(*plan.kernels), memory); });
+      [&] { backward_with(layer, serial_plan(plan), memory); });
 }
 
 }  // namespace
@@ -376,9 +417,10 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
 Plan plan_forward(const LayerForward& layer, int threads) {
   const Kernels& kernels = kernels_for(layer);
   Plan plan = choose(layer, kernels, threads);
+  plan.input_parts = input_parts(layer, kernels);
   Scratch planned(nullptr, element(layer)), serial(nullptr, element(layer));
   lay_out(layer, plan, planned, nullptr);
-  if (plan.threads > 1) lay_out(layer, serial_plan(kernels), serial, nullptr);
+  if (plan.threads > 1) lay_out(layer, serial_plan(plan), serial, nullptr);
   plan.scratch_bytes = planned.used() > serial.used() ? planned.used() : serial.used();
   return plan;
 }
@@ -386,9 +428,11 @@ Plan plan_forward(const LayerForward& layer, int threads) {
 Plan plan_backward(const LayerBackward& layer, int threads) {
   const Kernels& kernels = kernels_for(layer.forward);
   Plan plan = choose(layer.forward, kernels, threads);
+  plan.input_parts = layer.d_x ? input_parts(layer.forward, kernels) : nullptr;
+  plan.weight_parts = weight_parts(layer.forward, kernels);
   Scratch planned(nullptr, element(layer.forward)), serial(nullptr, element(layer.forward));
   lay_out(layer, plan, planned, nullptr, nullptr);
-  if (plan.threads > 1) lay_out(layer, serial_plan(kernels), serial, nullptr, nullptr);
+  if (plan.threads > 1) lay_out(layer, serial_plan(plan), serial, nullptr, nullptr);
   plan.scratch_bytes = planned.used() > serial.used() ? planned.used() : serial.used();
   return plan;
 }
@@ -396,16 +440,16 @@ Plan plan_backward(const LayerBackward& layer, int threads) {
 void run_forward(const LayerForward& layer, const Plan& plan, void* scratch) { forward_with(layer, plan, scratch); }
 void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch) { backward_with(layer, plan, scratch); }
 
-size_t packed_bytes(const LayerForward& layer) {
+size_t packed_bytes(const LayerForward& layer, const PackedWeights* like) {
   Scratch counted(nullptr, element(layer));
-  room_for_weights(layer, counted);
+  room_for_weights(layer, like ? like->parts : input_parts(layer, kernels_for(layer)), counted);
   return counted.used();
 }
 
-PackedWeights pack_weights(const LayerForward& layer, int direction, const Kernels* kernels, void* memory) {
+PackedWeights pack_weights(const LayerForward& layer, int direction, const PackedWeights* like, void* memory) {
   Scratch scratch(memory, element(layer));
-  PackedWeights packed = room_for_weights(layer, scratch);
-  packed.kernels = kernels ? kernels : &kernels_for(layer);
+  PackedWeights packed = room_for_weights(layer, like ? like->parts : input_parts(layer, kernels_for(layer)), scratch);
+  packed.kernels = like ? like->kernels : &kernels_for(layer);
   packed.kernels->pack[static_cast<int>(layer.cell)](layer, direction, packed);
   return packed;
 }

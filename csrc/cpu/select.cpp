@@ -37,12 +37,12 @@ bool has_amx() {
 
 // Best last.
 const Isa isas[] = {
-    {"scalar", always, &scalar_float, &scalar_double, nullptr, always},
+    {"scalar", always, &scalar_float, &scalar_double, nullptr, nullptr, always},
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2_float, &avx2_double, nullptr, always},
-    {"avx512", has_avx512, &avx512_float, &avx512_double, nullptr, always},
-    {"avx512_bf16", has_avx512_bf16, &avx512_float, &avx512_double, &avx512_bfloat16, prefers_avx512_bf16},
-    {"amx", has_amx, &avx512_float, &avx512_double, &amx_bfloat16, always},
+    {"avx2", has_avx2, &avx2_float, &avx2_double, nullptr, nullptr, always},
+    {"avx512", has_avx512, &avx512_float, &avx512_double, nullptr, nullptr, always},
+    {"avx512_bf16", has_avx512_bf16, &avx512_float, &avx512_double, &avx512_bfloat16, nullptr, prefers_avx512_bf16},
+    {"amx", has_amx, &avx512_float, &avx512_double, &amx_bfloat16, &amx_parts, always},
 #endif
 };
 

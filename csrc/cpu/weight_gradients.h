@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Gradients of the weights and biases of a layer around their products: which rows of x and h belong to which step,
-// which gradients of the gates to which rows of the weights, and who of the team computes what. The products are those
-// of the derived class: gradients.h, gradients_blocks.h.
+// What comes after the backward sweeps, d_x first, and then, around their products, the gradients of weights and biases:
+// which rows of x and h belong to which step, which gradients of the gates to which rows of the weights, and who of the
+// team computes what. The products, and d_x, are those of the derived class: gradients.h, gradients_blocks.h.
 //
 //   d_w_ih = d_gates[input]^T * x                       rows of d_w shared out, never the sum over T*B
 //   d_w_hh = d_gates[recurrent]^T * (h one step before)
@@ -52,6 +52,9 @@ class WeightGradients {
     Element* packed;
   };
 
+  // Elements that an operand of this width takes in the panels: half as many again in parts (parts.h).
+  int64_t panel_elements(int64_t width) const { return kRows * padded(width) * (task_.weight_parts ? 3 : 2) / 2; }
+
   void weights(int d) {
     Products& products = static_cast<Products&>(*this);
     const DirectionBackward& backward = task_.layer->direction[d];
@@ -61,7 +64,7 @@ class WeightGradients {
     Operand x{out(backward.d_w_ih), Panels(layer_.I, L, 4), nullptr};
     Operand h{out(backward.d_w_hh), Panels(r_, L, 4), nullptr};
     Operand m{out(backward.d_w_hr), Panels(layer_.H, L, 4), nullptr};
-    const int64_t half = kRows * (padded(layer_.I) + padded(r_) + (layer_.P ? padded(layer_.H) : 0));
+    const int64_t half = panel_elements(layer_.I) + panel_elements(r_) + (layer_.P ? panel_elements(layer_.H) : 0);
     Cursor cursor(layer_, task_.first_row, d);
     for (int64_t n0 = 0; n0 < N; n0 += kRows) {
       const int64_t rows = N - n0 < kRows ? N - n0 : kRows;
@@ -73,7 +76,7 @@ class WeightGradients {
           const int64_t first = share(operand.panels.count, member), last = share(operand.panels.count, member + 1);
           products.pack(row, rows, operand, first, last);
         }
-        packed += kRows * padded(width);
+        packed += panel_elements(width);
       };
       pack(x, layer_.I, [&](int64_t k) { return x_rows_[k]; });
       pack(h, r_, [&](int64_t k) { return h_rows_[k]; });

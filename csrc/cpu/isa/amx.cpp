@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products of bfloat16 on the tiles of Intel's AMX: 16 rows by 16 lanes by 32 terms an instruction. Compiled with AMX,
 // AVX-512 and AVX512_BF16, called only where CPUID has them and the system grants the tiles.
-#include "bfloat16.h"
+#include "amx.h"
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -14,19 +14,13 @@ namespace fastrnn {
 namespace cpu {
 namespace {
 
-struct TileShapes {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
 struct AmxBlocks : BlocksAvx512 {
   // Not a destructor: its clean-up would bring in a symbol that other objects share.
   void end() { _tile_release(); }
 
   // Tiles 0 to 3 hold the sums, 4 the rows of a, 5 to 7 in turn the weights: loads run ahead of the products.
   void multiply(const BlockArgs& t, int nv) {
-    if (t.room != rows_) shape(t.room);
+    if (t.room != rows_) shape_tiles(rows_ = t.room);
     asm volatile("" ::: "memory");  // the intrinsics of GCC 12 do not say that they read memory
     if (t.rows > kBlockRows) {
       for (int v = 0; v < nv; v += 2) nv - v > 1 ? pair<2>(t, nv, v) : pair<1>(t, nv, v);
@@ -45,19 +39,6 @@ struct AmxBlocks : BlocksAvx512 {
   }
 
  private:
-  // Sums and a have `rows` rows; the weights always 16, of pairs of terms.
-  __attribute__((noinline)) void shape(int rows) {
-    alignas(64) TileShapes shapes{};
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      shapes.row_bytes[tile] = 64;
-      shapes.rows[tile] = static_cast<uint8_t>(tile < 5 ? rows : 16);
-    }
-    asm volatile("" ::: "memory");
-    _tile_loadconfig(&shapes);
-    rows_ = rows;
-  }
-
   template <int N>
   static __attribute__((noinline)) void product(const BlockArgs& t) {
     const int64_t init_row = t.init_row * 4, out_row = t.out_row * 4;
