@@ -114,6 +114,7 @@ _GRID = [
     Shape("grid-h256-b64", 50, 64, 256, 256, "size grid", passes=MEMBERS),
     Shape("grid-h512-b64", 30, 64, 512, 512, "size grid", passes=MEMBERS, quick=EVERY_CELL),
     Shape("members-h64-b64", 32, 64, 64, 64, "short members of a vmap", passes=("inference", "vmap"), quick=EVERY_CELL),
+    Shape("members-t100-h64-b64", 100, 64, 64, 64, "members of a vmap", passes=("inference", "vmap"), quick=EVERY_CELL),
     Shape("grid-h1024-b64", 25, 64, 1024, 1024, "size grid; for the LSTM: DeepBench, training set", quick=("lstm",)),
     Shape("grid-h128-b4", 100, 4, 128, 128, "size grid"),
     Shape("grid-h256-b4", 100, 4, 256, 256, "size grid", quick=EVERY_CELL),

@@ -24,7 +24,7 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
-from . import extension, onnx_export, tiers
+from . import extension, flops, onnx_export, tiers
 from . import registration as _registration  # noqa: F401  (importing it tells the dispatcher of the operators)
 from .batching import only_vmap_active, through_vmap
 from .operators import GRU, LSTM, RNN, Operator, needs_reference, transforms_active
@@ -192,6 +192,8 @@ def _other_door(
             return through_vmap(operator, layer, tensors, batch_sizes, options)
         outputs = TransformedLayer.apply(*arguments, operator)  # type: ignore[no-untyped-call]
         return outputs[: operator.results]
+    if not is_compiling():
+        flops.tell_counters()
     return operator.overload(*arguments)[: operator.results]
 
 

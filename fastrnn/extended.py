@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting
 
-from . import autograd, extension, onnx_export
+from . import autograd, extension, flops, onnx_export
 from .derivatives import extended_backward
 from .extras import Extras
 from .operators import Operator, extended_needs_reference, transforms_active
@@ -98,6 +98,8 @@ def layer(
         return found if all_cells else found[:results]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *extras[2:4]))
     if is_compiling() or _dispatch_modes() or transforms_active() or not x.is_cpu:
+        if not is_compiling():
+            flops.tell_counters()
         outputs = operator.overload(*tensors, *arguments, *options, (recorded and not recompute) or all_cells)
         found = (*outputs[:results], *outputs[results + 1 :])
     elif recorded and not all_cells and extras[4:] == (None, None, None):

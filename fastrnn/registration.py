@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import extension, fakes
+from . import extension, fakes, flops
 from .batching import Dims, batched
 from .derivatives import backward, extended_backward
 from .operators import GRU, LSTM, RNN, Operator
@@ -66,6 +66,7 @@ def _register_derivative(operator: Operator) -> None:
     """
 
     def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        flops.tell_counters()
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if forward_ad._current_level >= 0 or (recorded and _functorch_active()):
             with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
@@ -87,6 +88,7 @@ def _register_no_derivative(name: str) -> None:
     overload = getattr(torch.ops.fastrnn, name).default
 
     def kernel(keys: torch.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        flops.tell_counters()
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if recorded or (forward_ad._current_level >= 0 and any(map(_has_tangent, arguments))):
             raise NotImplementedError(f"fastrnn.{name}: no derivative here; that of fastrnn.functional has one")

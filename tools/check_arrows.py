@@ -34,7 +34,7 @@ LAYERS = (
     ("extras", "folding", "gradients"),
     ("checks",),
     ("operators",),
-    ("derivatives", "fakes"),
+    ("derivatives", "fakes", "flops"),
     ("registration", "transforms"),
     ("autograd",),
     ("extended",),
