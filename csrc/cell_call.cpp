@@ -2,6 +2,7 @@
 // A call of a cell on the short way: one step, with its weights and states from the cell's __dict__. See
 // module_call.cpp.
 #include "call.h"
+#include "event.h"
 
 namespace fastrnn {
 namespace {
@@ -25,6 +26,7 @@ LayerResults run_step(LayerArguments a, const Tensor& x, const Tensor* (&hx)[2],
   }
   a.x = &steps, a.h0 = &h0;
   if (a.cell == Cell::lstm) a.c0 = &c0;
+  const Event event(a);
   LayerResults r = cpu::layer_forward(a, checks::Checker(a).layer(), false);
   for (Tensor* state : {&r.h_n, &r.c_n}) {
     if (!state->defined()) continue;

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "checks.h"
+#include "event.h"
 
 namespace fastrnn {
 
@@ -223,6 +224,7 @@ class Layer : public torch::autograd::Function<Layer> {
     const Sizes sizes = checker.layer();
     Tensor y = saved[count + 3], gates = saved[count + 4], cells = saved[count + 5];
     if (d.recording.recompute) {
+      const Event event(b.layer);
       LayerResults again = cpu::layer_forward(b.layer, sizes, true);
       y = again.y, gates = again.gates, cells = again.cells;
     }
@@ -240,6 +242,7 @@ class Layer : public torch::autograd::Function<Layer> {
     if (b.d_y == nullptr && b.d_h_n == nullptr && sizes.P != 0 && sizes.T == 1)
       b.needs &= ~(int64_t{1} << 7 | int64_t{1} << 12);
     checker.backward(b, sizes, gradient_count(d.cell));
+    const Event event(b.layer, Event::kBackward);
     Gradients all = cpu::layer_backward(b, sizes);
     variable_list found;
     found.reserve(count + 2);
@@ -283,6 +286,7 @@ LayerResults layer_with_gradient(const LayerArguments& a, const Recording& recor
   if (a.cell == Cell::lstm) add(a.reset_c);
   const auto given = [](const Tensor* tensor) { return tensor == nullptr ? Tensor() : *tensor; };
   const Extras extras{given(a.batch_sizes), given(a.lengths), given(a.reset)};
+  const Event event(a, Event::kForward, true);
   variable_list found = Layer::apply(at::TensorList(tensors), d, extras);
   LayerResults results;
   size_t next = 0;

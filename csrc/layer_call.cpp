@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "event.h"
+
 namespace fastrnn {
 namespace {
 
@@ -153,6 +155,7 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
       given.h_n = slice(all.h_n, s.R);
       if (lstm) given.c_n = slice(all.c_n, s.H);
     }
+    const Event event(a);
     LayerResults made = cpu::layer_forward(a, checks::Checker(a).layer(), false, given);
     all.y = std::move(made.y);
     if (s.L == 1) all.h_n = std::move(made.h_n), all.c_n = std::move(made.c_n);

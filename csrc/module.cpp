@@ -17,6 +17,7 @@
 #include "cpu/roofline.h"
 #include "derivative.h"
 #include "doors.h"
+#include "event.h"
 #include "module_call.h"
 #include "own_cell.h"
 #include "prepacked.h"
@@ -25,6 +26,22 @@ namespace fastrnn {
 namespace {
 
 using namespace doors;
+
+// The operators without gradient, for eager calls.
+struct EagerBackend : cpu::Backend {
+  static LayerResults forward(const LayerArguments& arguments, const Sizes& sizes, bool save) {
+    const Event event(arguments);
+    return cpu::Backend::forward(arguments, sizes, save);
+  }
+  static Gradients backward(const BackwardArguments& arguments, const Sizes& sizes) {
+    const Event event(arguments.layer, Event::kBackward);
+    return cpu::Backend::backward(arguments, sizes);
+  }
+  static RowGradients row_gradients(const BackwardArguments& arguments, const Sizes& sizes) {
+    const Event event(arguments.layer, Event::kRowGradients);
+    return cpu::Backend::row_gradients(arguments, sizes);
+  }
+};
 
 // ---- the same with gradient, for eager calls -----------------------------------------------------------------------
 // Arguments as the operator's; `save` means that gates and cells are kept, and not computed again by the backward.
@@ -155,7 +172,7 @@ static void define_prepacked(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The operators of fastrnn without the dispatcher and without autograd, and facts about the build.";
-  fastrnn::doors::for_each_operator<fastrnn::cpu::Backend>(
+  fastrnn::doors::for_each_operator<fastrnn::EagerBackend>(
       [&](const char* name, auto function) { m.def(name, torch::wrap_pybind_function_no_gil(function)); });
   fastrnn::for_each_recorded(
       [&](const char* name, auto function) { m.def(name, torch::wrap_pybind_function_no_gil(function)); });

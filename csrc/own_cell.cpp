@@ -15,6 +15,7 @@
 #include "arguments.h"
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "event.h"
 
 namespace fastrnn {
 namespace {
@@ -110,6 +111,7 @@ std::optional<Tensor> maybe(Tensor tensor) {
 Tensors own_layer(const Library& library, const Tensors& tensors, bool save) {
   const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
   const LayerArguments a = arguments("own_layer", library.cell(), tensors);
+  const Event event(a);
   LayerResults r = cpu::layer_forward(a, checks::Checker(a).layer(), save);
   return {maybe(r.y), maybe(r.h_n), maybe(r.c_n), maybe(r.gates), maybe(r.cells)};
 }
@@ -137,6 +139,7 @@ std::vector<Tensor> own_layer_backward(const Library& library, const Tensors& d_
   checks::Checker checker(b.layer);
   const Sizes sizes = checker.layer();
   checker.backward(b, sizes, static_cast<int>(count));
+  const Event event(b.layer, Event::kBackward);
   Gradients found = cpu::layer_backward(b, sizes);
   return {std::make_move_iterator(found.begin()), std::make_move_iterator(found.begin() + count)};
 }

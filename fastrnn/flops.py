@@ -33,14 +33,15 @@ class _Layer:
         x, h0, lengths = arguments[0], arguments[1], arguments[operator.tensors]
         w_hh = arguments[operator.results + 1]
         w_hr = arguments[operator.results + 4] if operator is LSTM else None
-        self.directions, self.batch = h0.shape[:2]
-        self.tokens = math.prod(x.shape[:-1])
+        self.directions: int = h0.shape[0]
+        self.batch: int = h0.shape[1]
+        self.tokens: int = math.prod(x.shape[:-1])
         if type(lengths) is Tensor and not lengths.is_meta:  # of a fake one the values are unknown
             self.batch = int(lengths.count_nonzero())
             self.tokens = int(lengths.sum())
-        self.input = w_hh.shape[0] * x.shape[-1]  # elements of w_ih, of w_hh, of w_hr
-        self.recurrent = w_hh.shape[0] * w_hh.shape[1]
-        self.projection = 0 if w_hr is None else w_hr.shape[0] * w_hr.shape[1]
+        self.input: int = w_hh.shape[0] * x.shape[-1]  # elements of w_ih, of w_hh, of w_hr
+        self.recurrent: int = w_hh.shape[0] * w_hh.shape[1]
+        self.projection: int = 0 if w_hr is None else w_hr.shape[0] * w_hr.shape[1]
 
     def forward(self) -> int:
         """Every token meets every weight once."""

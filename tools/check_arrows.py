@@ -22,7 +22,7 @@ INTRINSIC_FILES = {"csrc/cpu/roofline.cpp", "csrc/cpu/run.cpp"}
 TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/layer.cpp", "csrc/cpu/backend.h"}
 TORCH_FILES |= {f"csrc/{name}" for name in ("module.cpp", "schemas.h", "doors.h")}
 TORCH_FILES |= {f"csrc/cuda/{name}" for name in ("layer.cpp", "device.cpp")}
-TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h")}
+TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h", "event.h")}
 TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")}
 TORCH_FILES |= {"csrc/own_cell.h", "csrc/own_cell.cpp"}
 
