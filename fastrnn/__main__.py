@@ -3,29 +3,38 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import warnings
 
-USAGE = """usage: python -m fastrnn <command> [arguments]
-
-commands:
-  info    what this installation can do, and why not more
-  check   every cell against torch.nn and float64, in seconds; exit code 1 where the kernels are wrong or missing
-  bench   the benchmark; python -m fastrnn bench --help shows its arguments"""
+COMMANDS = {
+    "info": "what this installation can do, and why not more",
+    "check": "every cell against torch.nn and float64, in seconds; exit code 1 where the kernels are wrong or missing",
+    "bench": "the benchmark; python -m fastrnn bench --help shows its arguments",
+}
+USAGE = "usage: python -m fastrnn <command> [arguments]\n\ncommands:\n" + "\n".join(
+    f"  {name:<7} {does}" for name, does in COMMANDS.items()
+)
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status.
+
+    Raises:
+        SystemExit: --help, or arguments that the command does not have; as argparse does.
+    """
     command, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if command == "bench":
+        return importlib.import_module("fastrnn.bench.__main__").main(arguments) or 0
+    if command in COMMANDS:
+        argparse.ArgumentParser(f"python -m fastrnn {command}", description=COMMANDS[command]).parse_args(arguments)
     if command == "info":
         from . import info
 
         return info.main()
     if command == "check":
         return _check()
-    if command == "bench":
-        return importlib.import_module("fastrnn.bench.__main__").main(arguments) or 0
     print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
 

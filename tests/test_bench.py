@@ -43,6 +43,15 @@ def test_shapes_hold_the_named_problems():
     assert {(100, 64, 512, 512, 1), (128, 16, 128, 128, 1), (100, 64, 1, 40, 1), (200, 16, 80, 256, 2)} <= found
 
 
+def test_vmap_is_measured_over_64_short_and_long_sequences_beside_a_batch_of_64():
+    tasks = runner.plan(full=False, cells=GATES, passes=PASSES, threads=(1,), patterns=())
+    found = {
+        pass_: {(t.cell, t.shape.T) for t in tasks if t.pass_ == pass_ and (t.shape.B, t.shape.H) == (64, 64)}
+        for pass_ in ("vmap", "inference")
+    }
+    assert found["vmap"] == found["inference"] == {(cell, T) for cell in GATES for T in (32, 100)}
+
+
 def test_forward_flops_by_hand():
     assert Shape("a", 2, 3, 5, 7, "t").forward_flops("lstm") == 2 * 4 * 7 * (5 + 7) * 2 * 3
     assert Shape("a", 2, 3, 5, 7, "t", P=4).forward_flops("lstm") == (2 * 4 * 7 * (5 + 4) + 2 * 4 * 7) * 2 * 3

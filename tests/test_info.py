@@ -78,6 +78,27 @@ def test_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> 
     assert command.main(["--help"]) == 0
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", ["info", "check", "bench"])
+def test_help_of_a_command_runs_nothing(
+    name: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info, "main", lambda: pytest.fail("ran"))
+    monkeypatch.setattr(command, "_check", lambda: pytest.fail("ran"))
+    with pytest.raises(SystemExit) as left:
+        command.main([name, flag])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m fastrnn {name} [-h]")
+
+
+@pytest.mark.parametrize("name", ["info", "check", "bench"])
+def test_arguments_that_a_command_does_not_have_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main([name, "--nonsense"])
+    assert left.value.code == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
 # ---- importing -----------------------------------------------------------------------------------------------------
 
 
