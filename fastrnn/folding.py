@@ -4,8 +4,8 @@ transform. modules.py and cells.py ask here first; batching.py has the rules for
 
 Under vmap every small operation of a module's forward costs some 10 us, which a short sequence does not hide: here is
 one fold at the top and one unfold at the end instead. 64 members of T = 32, H = 64 on one thread cost an LSTM and a GRU
-1.2 times a batch of 64, an RNN 1.5 times; 1.3 and 1.8 by the rules of batching.py. About 100 us of it, .1 to .3 of such
-a batch, are torch.vmap's own, whatever it maps.
+1.2 times a batch of 64, an RNN 1.4 times; 1.3 and 1.8 by the rules of batching.py. About half of what it adds is
+torch.vmap's own, whatever it maps.
 """
 
 from __future__ import annotations
@@ -169,4 +169,4 @@ def _fold(tensor: Tensor, dim: int | None, members: int, place: int, single: boo
         return fold(tensor, dim, members, place)
     if dim is None:
         return tensor.unsqueeze(place).expand(*tensor.shape[:place], members, *tensor.shape[place:])
-    return tensor.movedim(dim, place)
+    return tensor if dim == place else tensor.movedim(dim, place)
