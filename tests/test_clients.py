@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Programs of other people that hold recurrent modules, run with torch.nn's and with fastrnn's.
 
-sb3-contrib's RecurrentPPO and Lightning must learn the same; quantization, which knows torch.nn's own classes alone,
-must leave fastrnn's modules as they are. Each is skipped where its package is missing.
+sb3-contrib's RecurrentPPO and Lightning must learn the same; quantization and structured pruning, which know torch.nn's
+own classes alone, must leave fastrnn's modules as they are. Each is skipped where its package is missing.
 """
 
 from __future__ import annotations
@@ -213,3 +213,33 @@ def test_torchao_quantizes_what_is_linear_and_leaves_the_kernels(compiled):
         assert type(model.recurrent.weight_hh_l0) is nn.Parameter
         assert (model(x) - expected).abs().max() < 0.05
     assert fastrnn.explain(model.recurrent, x).startswith("fastrnn.LSTM -> kernel")
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    """The model without the first unit of its LSTM."""
+    pruner = pytest.importorskip("torch.ao.pruning._experimental.pruner", reason="this torch has no structured pruning")
+
+    class First(pruner.BaseStructuredSparsifier):
+        def update_mask(self, module, tensor_name, **_):
+            getattr(module.parametrizations, tensor_name)[0].mask.data.view(4, -1)[:, 0] = False
+
+    sparsifier = First({})
+    sparsifier.prepare(model, [{"tensor_fqn": f"recurrent.weight_{kind}_l0"} for kind in ("ih", "hh")])
+    sparsifier.enable_mask_update = True
+    sparsifier.step()
+    return sparsifier.prune()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_structured_pruning_refuses_our_modules_and_takes_torchs():
+    """torch's pruner knows modules by their exact class; what it made smaller can be converted again."""
+    torch.manual_seed(0)
+    model, x = Tagger(fastrnn.LSTM(8, 32)), torch.randn(5, 3, 8)
+    with pytest.raises(Exception, match="still contains FakeStructuredSparsity"):
+        pruned(copy.deepcopy(model))
+    fastrnn.revert(model)
+    smaller = pruned(model)
+    assert smaller.recurrent.hidden_size == 31
+    expected = smaller(x)
+    assert fastrnn.convert(smaller).converted
+    torch.testing.assert_close(smaller(x), expected)

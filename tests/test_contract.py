@@ -82,6 +82,8 @@ SEQUENCE_MISTAKES = [
     {"input_size": 3.0}, {"hidden_size": 0}, {"hidden_size": 5.0}, {"hidden_size": "5"}, {"num_layers": 0},
     {"num_layers": -1}, {"num_layers": 2.0}, {"proj_size": 2}, {"proj_size": -1}, {"proj_size": 5}, {"proj_size": 0},
     {"nonlinearity": "sigmoid"}, {"unknown": 1}, {"device": "nowhere"}, {"dtype": torch.int64},
+    {"bidirectional": 1}, {"num_layers": True}, {"dropout": "0.5", "num_layers": 2},
+    {"dropout": None, "bias": 1}, {"bias": 1, "hidden_size": 0}, {"batch_first": None, "input_size": 0},
 ]  # fmt: skip
 
 
@@ -94,11 +96,11 @@ def test_constructor_accepts_and_refuses_what_torch_does(name, mistake):
 
 
 def outcome(make: type[nn.Module], options: dict) -> object:
-    """The repr of the module that is made, or the type of the error."""
+    """The repr of the module that is made, or the type and the words of the error, without the name of a function."""
     try:
         return repr(make(**options))
     except Exception as error:
-        return type(error)
+        return type(error), str(error).rpartition(".__init__() ")[2]
 
 
 @pytest.mark.parametrize("name", LAYERS)
