@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from own_cells import CELLS, layer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from twins import LAYERS, STEPS, tensors_of
 
 import fastrnn
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 T, B, I, H = 4, 2, 3, 5  # noqa: E741 (the letter of the equations)
@@ -161,6 +164,13 @@ def test_lengths_that_nobody_knows_count_as_full(where: str) -> None:
         lengths = torch.full((B,), 2)
         arguments = (x, h0, w_ih, w_hh, *(None,) * 6, lengths, *(None,) * 5, False)
         assert count(lambda: torch.ops.fastrnn.gru_layer(*arguments)) == 2 * T * B * 3 * H * (I + H)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_of_ones_own_counts(cell: str) -> None:
+    """By its step in plain PyTorch, which computes it where a dispatch mode watches."""
+    own, x, states, weights = layer(cell, T, B, I, H)
+    assert count(lambda: own.layer(x, states, weights)) == 2 * T * B * own.gates * H * (I + H)
 
 
 def test_a_formula_of_the_program_counts() -> None:
