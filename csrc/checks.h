@@ -238,20 +238,21 @@ class Checker {
     if (tensor.scalar_type() != at::kLong) fail("lengths must be int64, got ", dtype_name(tensor.scalar_type()));
     if (!tensor.sizes().equals({s.B})) fail("lengths must be [B] = ", IntArrayRef({s.B}), ", got ", tensor.sizes());
     if (!values_are_here) return;  // nobody waits to see them: the kernels bound them, and report
-    s.lengths_owner = at::detail::empty_cpu({s.B}, at::kLong);  // nobody writes to it after the checks
-    int64_t* const values = s.lengths_owner.mutable_data_ptr<int64_t>();
     const Tensor dense = tensor.key_set().has_any(kLazy) ? tensor.clone() : tensor;
     const int64_t* const given = s.B == 0 ? nullptr : dense.const_data_ptr<int64_t>();
     const int64_t stride = dense.stride(0);
-    bool whole = true;
-    for (int64_t b = 0; b < s.B; ++b) {
+    int64_t b = 0;
+    while (b < s.B && given[b * stride] == s.T) ++b;
+    if (b == s.B) return;  // every sequence takes every step: a call without lengths
+    s.lengths_owner = at::detail::empty_cpu({s.B}, at::kLong);  // nobody writes to it after the checks
+    int64_t* const values = s.lengths_owner.mutable_data_ptr<int64_t>();
+    for (b = 0; b < s.B; ++b) {
       values[b] = given[b * stride];
       if (values[b] < 0 || values[b] > s.T) {
         fail("lengths must be from 0 to T = ", s.T, ", got ", values[b], " for sequence ", b);
       }
-      whole = whole && values[b] == s.T;
     }
-    s.lengths = whole ? nullptr : values;
+    s.lengths = values;
   }
 
   void resets(const Sizes& s) const {

@@ -114,12 +114,11 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
                         const Tensor* (&hx)[2], const Extras& extras, int64_t B) {
   const auto type = x.scalar_type();
   const bool lstm = s.cell == Cell::lstm;
-  Tensor reset;
-  if (extras.reset.defined()) {
+  Tensor reset = extras.reset;
+  if (reset.defined() && (s.batch_first || reset.dim() == 1)) {
     const IntArrayRef strides = extras.reset.strides();
-    const bool swapped = s.batch_first && strides.size() == 2;
-    reset = alias(extras.reset, {x.size(0), B},
-                  {strides[swapped ? 1 : 0], strides.size() == 1 || swapped ? strides[0] : strides[1]});
+    const bool unbatched = strides.size() == 1;
+    reset = alias(extras.reset, {x.size(0), B}, {strides[unbatched ? 0 : 1], strides[0]});
   }
   LayerResults all;
   all.y = x;

@@ -119,8 +119,8 @@ class ForwardSteps {
 
   // Before the s-th step of the sweep: the rows whose state is replaced then.
   void reset_states(int64_t s) {
-    if (!rows_.resets()) return;
     const int64_t t = rows_.time(s), n = rows_.active(t);
+    if (!rows_.resets(t)) return;
     for (int64_t row = 0; row < n; ++row) {
       if (!rows_.reset(t, row)) continue;
       const Element* h = rows_.template replacement<Element>(direction_.reset_h, row, r_);

@@ -139,9 +139,8 @@ class Operands {
     const void* const h_mask = dense(a.h_mask);
     const void* reset_h = dense(a.reset_h, element_);
     const void* reset_c = dense(a.reset_c);
-    if (a.reset != nullptr) {
-      copies_.push_back(a.reset->contiguous());
-      layer.reset = static_cast<const uint8_t*>(copies_.back().const_data_ptr());
+    if (a.reset != nullptr) layer.reset = flags(*a.reset);
+    if (layer.reset != nullptr) {
       layer.reset_by_row = reset_h != nullptr;
       if (reset_h == nullptr) reset_h = reset_c = zeros(s.R > s.H ? s.R : s.H);
     }
@@ -176,16 +175,37 @@ class Operands {
   }
 
   const void* zeros(int64_t n) {
+    alignas(kAlignment) static constexpr char kZeros[8192]{};
+    if (n * bytes_ <= static_cast<int64_t>(sizeof(kZeros))) return kZeros;
     copies_.push_back(empty({n}, type_));
     std::memset(copies_.back().mutable_data_ptr(), 0, static_cast<size_t>(n * bytes_));
     return copies_.back().const_data_ptr();
   }
 
+  // Where states are replaced, [T, B]; null where none is: then the call is one without resets.
+  const uint8_t* flags(const Tensor& given) {
+    const Tensor& reset = readable(given, at::kBool) ? given : convert(given, at::kBool);
+    const auto* from = static_cast<const uint8_t*>(reset.const_data_ptr());
+    const int64_t T = reset.size(0), B = reset.size(1), stride_t = reset.stride(0), stride_b = reset.stride(1);
+    uint8_t any = 0;
+    if (reset.is_contiguous()) {
+      for (int64_t n = 0; n < T * B; ++n) any |= from[n];
+      return any != 0 ? from : nullptr;
+    }
+    copies_.push_back(empty({T, B}, at::kByte));  // by hand: torch takes longer to begin a copy than this to make it
+    auto* const rows = static_cast<uint8_t*>(copies_.back().mutable_data_ptr());
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t t = 0; t < T; ++t) any |= rows[t * B + b] = from[t * stride_t + b * stride_b];
+    }
+    return any != 0 ? rows : nullptr;
+  }
+
   // Sequences of lengths of their own: sorted, longest first, those of no step left out.
   void ragged(LayerForward& layer, const Sizes& s) {
-    int64_t* const order = integers(s.B);
-    int64_t* const batch_sizes = integers(s.T);
-    int64_t* const next = integers(s.T + 1);  // of each length, the place in order of the next such sequence
+    copies_.push_back(empty({s.B + 2 * s.T + 1}, at::kLong));
+    int64_t* const order = copies_.back().mutable_data_ptr<int64_t>();
+    int64_t* const batch_sizes = order + s.B;
+    int64_t* const next = batch_sizes + s.T;  // of each length, the place in order of the next such sequence
     std::memset(next, 0, static_cast<size_t>(s.T + 1) * sizeof(int64_t));
     for (int64_t b = 0; b < s.B; ++b) ++next[s.lengths[b]];
     int64_t place = 0, steps = 0, rows = 0;
@@ -204,11 +224,6 @@ class Operands {
     layer.order = order, layer.batch_sizes = batch_sizes;
   }
 
-  int64_t* integers(int64_t n) {
-    copies_.push_back(empty({n}, at::kLong));
-    return copies_.back().mutable_data_ptr<int64_t>();
-  }
-
   const Tensor& convert(const Tensor& tensor, at::ScalarType type) {
     Tensor copy = empty(tensor.sizes(), type);
     copy.copy_(tensor);
@@ -223,11 +238,11 @@ class Operands {
 
 // Writes zeros into the rows of an array [D, T, B, row_bytes] that lie past the ends of their sequences.
 void clear_padding(void* data, const Sizes& s, int64_t directions, int64_t row_bytes) {
-  char* row = static_cast<char*>(data);
-  for (int64_t d = 0; row != nullptr && d < directions; ++d) {
-    for (int64_t t = 0; t < s.T; ++t) {
-      for (int64_t b = 0; b < s.B; ++b, row += row_bytes) {
-        if (t >= s.lengths[b]) std::memset(row, 0, static_cast<size_t>(row_bytes));
+  char* rows = static_cast<char*>(data);
+  for (int64_t d = 0; rows != nullptr && d < directions; ++d, rows += s.T * s.B * row_bytes) {
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t t = s.lengths[b]; t < s.T; ++t) {
+        std::memset(rows + (t * s.B + b) * row_bytes, 0, static_cast<size_t>(row_bytes));
       }
     }
   }

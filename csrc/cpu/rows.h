@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which rows of a (padded or packed) batch a thread runs, in which order of time, where they lie, and where their state
-// is replaced. Rows are sorted
-// by length, longest first, so that the rows active at a step are always the first ones. Used by both sweeps.
+// is replaced. Rows are sorted by length, longest first, so that the rows active at a step are always the first ones.
+// Used by both sweeps.
 #pragma once
 #include "kernels.h"
 
@@ -63,6 +63,14 @@ class Rows {
     if (!layer_.reset) return false;
     if (reversed_ && (++t >= layer_.T || row >= active(t))) return false;
     return layer_.reset[t * layer_.step_rows + batch(row)] != 0;
+  }
+  // Whether reset() may be true for a row at time t: most steps have none, and need not ask for each.
+  bool resets(int64_t t) const {
+    if (!layer_.reset || (reversed_ && ++t >= layer_.T)) return false;
+    const uint8_t* flags = layer_.reset + t * layer_.step_rows;
+    uint8_t any = 0;
+    for (int64_t b = 0; b < layer_.step_rows; ++b) any |= flags[b];
+    return any != 0;
   }
   // This row of what replaces a state of `width` entries.
   template <class Scalar>
