@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import placement
 import pytest
@@ -108,6 +108,21 @@ def compiled() -> object:
     if extension.module is None:
         pytest.skip(f"the extension is not loaded: {extension.reason}")
     return extension.module
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[..., None]]:
+    """threads(count, split="chosen"): how many run a layer and how they share it, "rows" or "units" also where it does
+    not pay; from there to the end of the test."""
+    before = torch.get_num_threads()
+
+    def share(count: int, split: str = "chosen") -> None:
+        torch.set_num_threads(count)
+        if extension.module is not None:
+            extension.module.force_split(split)
+
+    yield share
+    share(before)
 
 
 @pytest.fixture(autouse=True)

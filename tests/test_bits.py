@@ -4,15 +4,11 @@ threads, any part of a batch and any split of a sequence, within one instruction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from twins import CELLS, like, random_state, tensors_of, training_step, twins
-
-from fastrnn import extension
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -29,14 +25,6 @@ SHAPES = {
 }
 FORWARD = ("y", "h_n", "c_n")
 INPUTS = ("d_x", "d_h0", "d_c0")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def case(cell: str, shape: str, dtype: torch.dtype, **options: object) -> tuple[nn.Module, Tensor, object]:
@@ -67,18 +55,11 @@ def test_bits_do_not_depend_on_threads(cell, shape, options, dtype, threads):
     module, x, hx = case(cell, shape, dtype, **options)
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
+        threads(count)
         results.append(training_step(module, x, hx))
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name
-
-
-@pytest.fixture
-def forced_split() -> Iterator[Callable[[str], None]]:
-    """Forces a split of the layer among threads, also where it does not pay."""
-    yield extension.module.force_split
-    extension.module.force_split("chosen")
 
 
 @DTYPES
@@ -86,7 +67,7 @@ def forced_split() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize("lengths", [None, (5, 5, 4, 2, 2, 1, 1)], ids=["padded", "ragged"])
 @pytest.mark.parametrize("units", [8, 17, 40, 100])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, split, dtype, threads, forced_split):
+def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, split, dtype, threads):
     module, _ = twins(cell, 6, units, dtype=dtype, bidirectional=True)
     x = torch.randn(5, 7, 6, dtype=dtype)
     hx = random_state(cell, 2, 7, H=units, dtype=dtype)
@@ -94,8 +75,7 @@ def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, s
         x = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
     results = []
     for count, way in ((1, "chosen"), (2, split), (4, split), (7, split)):
-        torch.set_num_threads(count)
-        forced_split(way)
+        threads(count, way)
         results.append(training_step(module, x, hx))
     for other in results[1:]:
         for name, tensor in results[0].items():
@@ -144,9 +124,9 @@ def test_bits_do_not_depend_on_the_split_of_a_sequence(cell, shape, dtype):
 def test_bits_of_a_projection_do_not_depend_on_threads_batch_or_split(cell, dtype, threads):
     module, x, hx = case(cell, "both", dtype, proj_size=48)
     cotangents = [torch.randn_like(tensor) for tensor in tensors_of(module(x, hx))]
-    torch.set_num_threads(1)
+    threads(1)
     outputs, gradients = step_with(module, x, hx, cotangents)
-    torch.set_num_threads(2)
+    threads(2)
     again = step_with(module, x, hx, cotangents)
     assert_bits(again[0], outputs, FORWARD)
     assert_bits(again[1], gradients, INPUTS)
@@ -169,7 +149,7 @@ def test_ragged_rows_have_the_bits_that_they_have_padded(cell, bidirectional, dt
     lengths = [9, 1, 4, 9, 2, 6, 1, 3, 5, 7, 2, 8]
     sequences = [torch.randn(length, 24, dtype=dtype) for length in lengths]
     for count in (1, 2):
-        torch.set_num_threads(count)
+        threads(count)
         with torch.no_grad():
             packed, state = module(pack_sequence(sequences, enforce_sorted=False))
             y, _ = pad_packed_sequence(packed)

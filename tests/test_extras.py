@@ -84,7 +84,7 @@ def leaves_of(layer: Sample, extras: Extras) -> list[Tensor]:
 @pytest.mark.parametrize("names", GIVEN.values(), ids=GIVEN)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @every_cell
-def test_kernel_equals_the_reference(cell, shape, names, compiled):
+def test_kernel_equals_the_reference(cell, shape, names, threads):
     if "P" in shape and cell != "lstm":
         pytest.skip("only the LSTM has a projection")
     layer = sample(cell, **shape, requires_grad=True)
@@ -92,18 +92,12 @@ def test_kernel_equals_the_reference(cell, shape, names, compiled):
     expected, leaves = by_reference(layer, extras), leaves_of(layer, extras)
     given = cotangents(expected)
     truth = torch.autograd.grad(expected, leaves, given, allow_unused=True, materialize_grads=True)
-    threads = torch.get_num_threads()
-    try:
-        for count, split in ((1, "chosen"), (2, "rows"), (2, "units"), (4, "units")):
-            torch.set_num_threads(count)
-            compiled.force_split(split)
-            ours = by_kernel(layer, extras)
-            found = torch.autograd.grad(ours, leaves, given)
-            for k, (one, other) in enumerate(zip([*ours, *found], [*expected, *truth], strict=True)):
-                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=lambda m, k=k: f"{k}: {m}")
-    finally:
-        torch.set_num_threads(threads)
-        compiled.force_split("chosen")
+    for count, split in ((1, "chosen"), (2, "rows"), (2, "units"), (4, "units")):
+        threads(count, split)
+        ours = by_kernel(layer, extras)
+        found = torch.autograd.grad(ours, leaves, given)
+        for k, (one, other) in enumerate(zip([*ours, *found], [*expected, *truth], strict=True)):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=lambda m, k=k: f"{k}: {m}")
 
 
 @every_cell

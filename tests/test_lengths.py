@@ -153,20 +153,14 @@ def test_sequence_of_no_step_hands_its_state_through(cell, options):
 
 
 @every_cell
-def test_bits_do_not_depend_on_threads_or_on_the_rest_of_the_batch(cell, compiled):
+def test_bits_do_not_depend_on_threads_or_on_the_rest_of_the_batch(cell, compiled, threads):
     module, _ = twins(cell, 24, 70, num_layers=2, bidirectional=True)
     lengths = torch.tensor([9, 1, 4, 0, 9, 2, 6, 1, 3, 5, 7, 2, 8])
     x, hx = torch.randn(9, len(lengths), 24), random_state(cell, 4, len(lengths), H=70)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads, split in ((1, "chosen"), (2, "rows"), (2, "units"), (5, "rows"), (6, "units")):
-            torch.set_num_threads(threads)
-            compiled.force_split(split)
-            results.append(step(module, x, hx, lengths))
-    finally:
-        torch.set_num_threads(before)
-        compiled.force_split("chosen")
+    for count, split in ((1, "chosen"), (2, "rows"), (2, "units"), (5, "rows"), (6, "units")):
+        threads(count, split)
+        results.append(step(module, x, hx, lengths))
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from own_cells import CELLS, layer, own_cells
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import extension
 from fastrnn.own_cells import _reference
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -232,25 +231,15 @@ def test_torch_func_and_forward_mode_go_by_the_step(cell):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads and their split."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    extension.module.force_split("chosen")
-
-
 @pytest.mark.parametrize("split", ["rows", "units"])
 @ALL
 @EACH
 def test_bits_do_not_depend_on_threads(cell, shape, split, threads, isa):
     own, x, states, weights, options = sample(cell, shape, torch.float32)
-    torch.set_num_threads(1)
+    threads(1)
     alone, cotangents = run(own.layer, x, states, weights, **options)
-    extension.module.force_split(split)
     for count in (2, 3):
-        torch.set_num_threads(count)
+        threads(count, split)
         together, _ = run(own.layer, x, states, weights, cotangents, **options)
         for name, tensor in alone.items():
             assert torch.equal(tensor, together[name]), name

@@ -39,44 +39,34 @@ def a_module(name: str = "LSTM", **options: object) -> nn.Module:
     return getattr(fastrnn, name)(3, 5, **options).eval()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_layers_have_the_same_bits(cell, options, dtype, threads, isa):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for features, units in SIZES:
-            module, _ = twins(cell, features, units, dtype=dtype, **options)
-            if cell == "lstm" and units > 1:
-                module, _ = twins(cell, features, units, dtype=dtype, proj_size=units // 2, **options)
-            for T, B in ((1, 1), (2, 3), (5, 8)):
-                x = torch.randn(*((B, T) if options.get("batch_first") else (T, B)), features, dtype=dtype)
-                with torch.no_grad():
-                    expected = module(x)
-                    with fastrnn.prepacked(module):
-                        assert_same(module(x), expected)
-    finally:
-        torch.set_num_threads(before)
+def test_layers_have_the_same_bits(cell, options, dtype, count, threads, isa):
+    threads(count)
+    for features, units in SIZES:
+        module, _ = twins(cell, features, units, dtype=dtype, **options)
+        if cell == "lstm" and units > 1:
+            module, _ = twins(cell, features, units, dtype=dtype, proj_size=units // 2, **options)
+        for T, B in ((1, 1), (2, 3), (5, 8)):
+            x = torch.randn(*((B, T) if options.get("batch_first") else (T, B)), features, dtype=dtype)
+            with torch.no_grad():
+                expected = module(x)
+                with fastrnn.prepacked(module):
+                    assert_same(module(x), expected)
 
 
 @pytest.mark.parametrize("split", ["rows", "units"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_how_threads_share(cell, split, isa):
+def test_bits_do_not_depend_on_how_threads_share(cell, split, threads, isa):
     module, _ = twins(cell, 20, 64, bidirectional=True)
     x = torch.randn(6, 9, 20)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    extension.module.force_split(split)
-    try:
-        with torch.no_grad():
-            expected = module(x)
-            with fastrnn.prepacked(module):
-                assert_same(module(x), expected)
-    finally:
-        extension.module.force_split("chosen")
-        torch.set_num_threads(before)
+    threads(2, split)
+    with torch.no_grad():
+        expected = module(x)
+        with fastrnn.prepacked(module):
+            assert_same(module(x), expected)
 
 
 @pytest.mark.parametrize("form", ["state", "unbatched", "packed", "transposed"])

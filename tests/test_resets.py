@@ -223,27 +223,58 @@ def test_one_row_of_reset_state_stands_for_the_batch(cell):
     assert all(t.grad.shape == t.shape and t.grad.all() for t in tensors_of(row))
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["inference", "training"])
 @every_cell
-def test_bits_with_resets_do_not_depend_on_threads(cell, compiled):
+def test_flags_may_lie_in_memory_as_they_like(cell, learns):
+    module, _ = twins(cell, 4, 17, bidirectional=True)
+    module.requires_grad_(learns)
+    x = an_input(B, False, torch.float32)
+    expected = tensors_of(module(x, reset=RESET))
+    spread = torch.zeros(2 * T, 3 * B, dtype=torch.bool)
+    spread[::2, 1::3] = RESET
+    for reset in (RESET.t().contiguous().t(), spread[::2, 1::3], RESET[:, :1].expand(T, B)):
+        wanted = expected if reset.stride(1) else tensors_of(module(x, reset=reset.contiguous()))
+        assert all(map(torch.equal, tensors_of(module(x, reset=reset)), wanted))
+
+
+@every_cell
+def test_flags_of_which_none_is_set_change_nothing(cell):
+    module, _ = twins(cell, 4, 17, num_layers=2, bidirectional=True)
+    x, (hx, other) = an_input(B, False, torch.float32).requires_grad_(), states(cell, BOTH[1], torch.float32)
+    other = like(other, lambda t: t.requires_grad_())
+    plain, expected = gradients(module, lambda: module(x, hx), [x])
+    none = torch.zeros(T, B, dtype=torch.bool)
+    outputs, found = gradients(module, lambda: module(x, hx, reset=none, reset_state=other), [x, *tensors_of(other)])
+    assert all(map(torch.equal, outputs, plain))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    for k in range(1, 1 + len(tensors_of(other))):
+        assert not found.pop(f"leaf {k}").any()
+
+
+@pytest.mark.parametrize("units", [1024, 1025])
+def test_any_number_of_units_starts_from_zeros(units):
+    module, _ = twins("gru", 1, units, dtype=torch.float64)
+    x = torch.randn(2, 1, 1, dtype=torch.float64)
+    y, _ = module(x, reset=torch.tensor([[False], [True]]))
+    assert torch.equal(y[1:], module(x[1:])[0])
+
+
+@every_cell
+def test_bits_with_resets_do_not_depend_on_threads(cell, compiled, threads):
     module, _ = twins(cell, 24, 70, bidirectional=True)
     lengths = torch.tensor([9, 1, 4, 0, 9, 2, 6, 1, 3, 5, 7, 2, 8])
     x = torch.randn(9, len(lengths), 24, requires_grad=True)
     reset = torch.rand(9, len(lengths)) < 0.3
     hx, other = (like(random_state(cell, 2, len(lengths), H=70, seed=s), lambda t: t.requires_grad_()) for s in (1, 2))
     leaves = [x, *tensors_of(hx), *tensors_of(other)]
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads, split in ((1, "chosen"), (2, "rows"), (2, "units"), (5, "rows"), (6, "units")):
-            torch.set_num_threads(threads)
-            compiled.force_split(split)
-            outputs, found = gradients(
-                module, lambda: module(x, hx, lengths=lengths, reset=reset, reset_state=other), leaves
-            )
-            results.append([*outputs, *found.values()])
-    finally:
-        torch.set_num_threads(before)
-        compiled.force_split("chosen")
+    for count, split in ((1, "chosen"), (2, "rows"), (2, "units"), (5, "rows"), (6, "units")):
+        threads(count, split)
+        outputs, found = gradients(
+            module, lambda: module(x, hx, lengths=lengths, reset=reset, reset_state=other), leaves
+        )
+        results.append([*outputs, *found.values()])
     for other_results in results[1:]:
         assert all(map(torch.equal, results[0], other_results))
 

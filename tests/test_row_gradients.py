@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from calls import DOORS, backward, backward_values, call, schema
@@ -93,17 +95,12 @@ def test_opcheck(cell: str, shape: dict, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("split", ["rows", "units"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_threads(cell: str, split: str, compiled: object) -> None:
+def test_bits_do_not_depend_on_threads(cell: str, split: str, threads: Callable[..., None]) -> None:
     layer = sample(cell, T=6, B=5, H=40, D=2, dtype=torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            compiled.force_split("chosen" if count == 1 else split)
-            results.append(row_gradients(layer))
-    finally:
-        torch.set_num_threads(threads)
-        compiled.force_split("chosen")
+    results = []
+    for count in (1, 2, 3):
+        threads(count, "chosen" if count == 1 else split)
+        results.append(row_gradients(layer))
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name
