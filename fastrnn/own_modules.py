@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import extended
 from .own_cells import OwnCell
@@ -105,24 +106,26 @@ class CellModule(nn.Module):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | PackedSequence,
         hx: Any = None,
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         reset_state: Any = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Any, Any]:
         """Runs the layers over a whole sequence.
 
         Args:
-            input: [T, B, I]; [B, T, I] with batch_first; [T, I] for one sequence without a batch.
+            input: [T, B, I]; [B, T, I] with batch_first; [T, I] for one sequence without a batch; or a PackedSequence,
+                which is padded for the call: lengths cost less.
             hx: the initial states, [L*D, B, H] (without B for an unbatched input); of a cell with two states the pair
                 (h, c). Zeros if not given.
             lengths: int64 [B], steps of each sequence, from 0 to T in any order; on the CPU or the input's device. What
                 lies behind the end of a sequence is not read; y is zero there, and the final state is that at the end.
             reset: bool [T, B], [B, T] with batch_first, [T] without a batch: where the state before step t is replaced;
                 see fastrnn.LSTM.
-            reset_state: what replaces it, in the form of hx. Zeros if not given.
+            reset_state: what replaces it, in the form of hx; one row, [L*D, 1, H], stands for the whole batch. Zeros if
+                not given.
         Returns:
             (y, h_n), with two states (y, (h_n, c_n)). y has the form of the input with D*H in place of I, the states
             the form of hx. Differentiable any number of times; the derivative reads y, which must not be changed in
@@ -131,11 +134,21 @@ class CellModule(nn.Module):
             TypeError, ValueError, RuntimeError: an argument does not fit; the message names it.
         """
         name, directions = type(self).__name__, 2 if self.bidirectional else 1
+        if isinstance(input, PackedSequence):
+            for option, given in (("lengths", lengths), ("reset", reset), ("reset_state", reset_state)):
+                if given is not None:
+                    raise ValueError(f"fastrnn.{name}: {option} goes with a padded input, not with a PackedSequence")
+            return self._packed(input, hx)
         if not isinstance(input, Tensor):
-            raise TypeError(f"fastrnn.{name}: input must be a Tensor, got {type(input).__name__}; lengths go beside it")
+            raise TypeError(f"fastrnn.{name}: input must be a Tensor or a PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             wanted = f"[T, B, {self.input_size}] or [T, {self.input_size}]"
             raise ValueError(f"fastrnn.{name}: input must be {wanted}, got {list(input.shape)}")
+        weight = self.weight_ih_l0
+        if input.device != weight.device:
+            raise ValueError(f"fastrnn.{name}: input must be on {weight.device} like the weights, got {input.device}")
+        if input.dtype is not weight.dtype and not extended.autocast_on(input.device):
+            raise ValueError(f"fastrnn.{name}: input must be {weight.dtype} like the weights, got {input.dtype}")
         single = input.dim() == 2
         x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
         rows, batch = directions * self.num_layers, x.shape[1]
@@ -174,6 +187,15 @@ class CellModule(nn.Module):
             x = x.transpose(0, 1)
         return x, (last[0] if self.cell.states == 1 else tuple(last))
 
+    def _packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        padded, lengths = pad_packed_sequence(input, self.batch_first)
+        y, last = self(padded, hx, lengths=lengths)
+        order = input.sorted_indices
+        if order is not None:
+            y, lengths = y.index_select(0 if self.batch_first else 1, order), lengths[order.cpu()]
+        data = pack_padded_sequence(y, lengths, self.batch_first).data
+        return PackedSequence(data, input.batch_sizes, order, input.unsorted_indices), last
+
     def _states(self, name: str, given: Any, x: Tensor, lead: tuple[int, int], single: bool) -> list[Tensor]:
         """States as [L*D, B, H] each, checked; zeros if not given."""
         if given is None:
@@ -183,6 +205,9 @@ class CellModule(nn.Module):
         if not isinstance(states, (tuple, list)) or len(states) != self.cell.states:
             raise TypeError(f"fastrnn.{function}: {name} must be a pair (h, c), got {type(given).__name__}")
         letters, shape = ("[L*D, H]", lead[:1]) if single else ("[L*D, B, H]", lead)
+        if name == "reset_state" and not single:
+            one_row = (lead[0], 1, self.hidden_size)
+            states = [s.expand(*shape, -1) if isinstance(s, Tensor) and s.shape == one_row else s for s in states]
         for k, state in enumerate(states):
             each = name if len(states) == 1 else f"{name}[{k}]"
             extended.check_operand(function, each, state, letters, (*shape, self.hidden_size), x, mask=False)

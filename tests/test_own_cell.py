@@ -13,6 +13,8 @@ import torch
 from accuracy import assert_accurate
 from own_cells import CELLS, layer, own_cells
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
+from twins import like, random_state, tensors_of
 
 import fastrnn
 from fastrnn.own_cells import _reference
@@ -313,6 +315,33 @@ def test_module_runs_rows_to_their_own_lengths(cell):
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time", "batch"])
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["unsorted", "sorted"])
+@EACH
+def test_module_takes_packed_sequences(cell, is_sorted, batch_first):
+    module = getattr(own_cells(), cell)(5, 20, num_layers=2, bidirectional=True, batch_first=batch_first)
+    lengths = [7, 5, 3, 3] if is_sorted else [3, 7, 3, 5]
+    pieces = [torch.randn(n, 5, requires_grad=True) for n in lengths]
+    hx = like(random_state("lstm" if module.cell.states == 2 else "gru", 4, 4, H=20), lambda t: t.requires_grad_())
+    wanted = [*pieces, *tensors_of(hx), *module.parameters()]
+    packed, last = module(pack_sequence(pieces, enforce_sorted=is_sorted), hx)
+    found = torch.autograd.grad([(packed.data**2).sum(), *(t.sum() for t in tensors_of(last))], wanted)
+    y, ends = module(pad_sequence(pieces, batch_first), hx, lengths=torch.tensor(lengths))
+    expected = torch.autograd.grad([(y**2).sum(), *(t.sum() for t in tensors_of(ends))], wanted)
+    again, _ = pad_packed_sequence(packed, batch_first)
+    assert all(map(torch.equal, [again, *tensors_of(last), *found], [y, *tensors_of(ends), *expected]))
+
+
+@EACH
+def test_one_row_replaces_the_state_of_every_sequence(cell):
+    module = getattr(own_cells(), cell)(5, 20, num_layers=2)
+    x, reset = torch.randn(6, 3, 5), torch.rand(6, 3) < 0.5
+    row = like(random_state("lstm" if module.cell.states == 2 else "gru", 2, 1, H=20), lambda t: t.requires_grad_())
+    y, _ = module(x, reset=reset, reset_state=row)
+    assert torch.equal(y, module(x, reset=reset, reset_state=like(row, lambda t: t.expand(2, 3, 20)))[0])
+    assert all(gradient.any() for gradient in torch.autograd.grad(y.sum(), tensors_of(row)))
+
+
 @EACH
 def test_module_resets_are_new_beginnings(cell):
     kind = getattr(own_cells(), cell)
@@ -357,9 +386,20 @@ def test_bad_input_is_named(cell):
     two = kind.cell.states == 2
     state = torch.zeros(2, 3, 6)
     hx = (state, state) if two else state
+    wide = like(hx, lambda t: t[:, :2])
+    flags, packed = torch.zeros(4, 3, dtype=torch.bool), pack_sequence([x[:n, 0] for n in (4, 2, 1)])
     cases = [
         (ValueError, r"input must be \[T, B, 5\]", (torch.randn(4, 3, 6),), {}),
-        (TypeError, "input must be a Tensor, got list", ([1.0],), {}),
+        (TypeError, "input must be a Tensor or a PackedSequence, got list", ([1.0],), {}),
+        (ValueError, "input must be torch.float32 like the weights, got torch.float64", (x.double(),), {}),
+        (ValueError, "input must be torch.float32 like the weights, got torch.int64", (x.long(),), {}),
+        (ValueError, "input must be on cpu like the weights, got meta", (x.to("meta"),), {}),
+        (ValueError, "lengths goes with a padded input", (packed,), {"lengths": torch.tensor([1, 2, 3])}),
+        (ValueError, "reset goes with a padded input", (packed,), {"reset": torch.zeros(4, 3, dtype=torch.bool)}),
+        (ValueError, "reset_state goes with a padded input", (packed,), {"reset_state": hx}),
+        (ValueError, r"hx.* must be \[L\*D, B, H\] = \[2, 3, 6\]", (packed, like(hx, lambda t: t[:, :2])), {}),
+        (ValueError, r"reset_state.* must be \[L\*D, B, H\]", (x,), {"reset": flags, "reset_state": wide}),
+        (TypeError, "unexpected keyword argument 'return_all_states'", (x,), {"return_all_states": True}),
         (ValueError, r"hx.* must be \[L\*D, B, H\] = \[2, 3, 6\]", (x, (state[:1], state) if two else state[:1]), {}),
         (ValueError, "hx.* must be torch.float32", (x, (state.double(), state) if two else state.double()), {}),
         (ValueError, "lengths must be int64", (x, hx), {"lengths": torch.ones(3)}),
@@ -374,6 +414,9 @@ def test_bad_input_is_named(cell):
     for error, match, arguments, options in cases:
         with pytest.raises(error, match=match):
             module(*arguments, **options)
+    for option in ("proj_size", "zoneout", "recurrent_dropout", "weight_dropout", "recompute"):
+        with pytest.raises(TypeError, match=option):
+            kind(5, 6, **{option: 1})
 
 
 @EACH
