@@ -104,7 +104,10 @@ class Policy(nn.Module):
     def forward(self, observations: Tensor, state: State, begins: Tensor) -> tuple[Tensor, Tensor, State]:
         """Observations [T, B, 2]; log probabilities [T, B, 2], values [T, B], and the final state."""
         y, state = self.recur(self.encoder(observations), state, begins)
-        return self.actor(y).log_softmax(-1), self.critic(y).squeeze(-1), state
+        # One product for both heads: two read y twice, and their two gradients of y would have to be added.
+        weight, bias = (torch.cat(both) for both in zip(self.actor.parameters(), self.critic.parameters(), strict=True))
+        logits, value = nn.functional.linear(y, weight, bias).split((self.actor.out_features, 1), -1)
+        return logits.log_softmax(-1), value.squeeze(-1), state
 
 
 @dataclass

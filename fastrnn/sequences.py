@@ -35,27 +35,29 @@ def probability(module: str, name: str, value: Any) -> float:
 def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout: Any) -> None:
     """Checks a constructor's options and keeps those that are set; the class has the others, which are zero."""
     name = module._get_name()
-    if module._gates == 4:
-        if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
-            raise TypeError(f"fastrnn.{name}: zoneout must be a pair (p_h, p_c), got {zoneout!r}")
-        zoneout = tuple(probability(name, f"zoneout[{k}]", p) for k, p in enumerate(zoneout))
-        if any(zoneout):
-            module.zoneout = zoneout
-    else:
-        zoneout = probability(name, "zoneout", zoneout)
-        if zoneout:
-            module.zoneout = zoneout
+    zoneout = _checked_zoneout(module, zoneout)
+    if zoneout and zoneout != (0, 0):
+        module.zoneout = zoneout
     for option, value in (("recurrent_dropout", recurrent_dropout), ("weight_dropout", weight_dropout)):
         value = probability(name, option, value)
         if value:
             setattr(module, option, value)
 
 
+def _checked_zoneout(module: Any, zoneout: Any) -> float | tuple[float, ...]:
+    name = module._get_name()
+    if module._gates != 4:
+        return probability(name, "zoneout", zoneout)
+    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
+        raise TypeError(f"fastrnn.{name}: zoneout must be a pair (p_h, p_c), got {zoneout!r}")
+    return tuple(probability(name, f"zoneout[{k}]", p) for k, p in enumerate(zoneout))
+
+
 def _check_noise(module: Any) -> None:
     """The same for options that were changed after the construction, at a call that has any of them."""
     name = module._get_name()
-    for k, p in enumerate(_zoneouts(module)):
-        probability(name, f"zoneout[{k}]" if module._gates == 4 else "zoneout", p)
+    if module.zoneout:
+        _checked_zoneout(module, module.zoneout)
     for option in ("recurrent_dropout", "weight_dropout"):
         probability(name, option, getattr(module, option))
 

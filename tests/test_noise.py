@@ -312,6 +312,12 @@ def test_probability_outside_the_unit_interval_is_refused(cell, option, value):
 def test_option_of_the_wrong_kind_is_refused(name, options, message):
     with pytest.raises(TypeError, match=f"fastrnn.{name}: {message}"):
         getattr(fastrnn, name)(4, 5, **options)
+    module = getattr(fastrnn, name)(4, 5)
+    for option, value in options.items():
+        setattr(module, option, value)
+        if value is not None:  # which is as good as none
+            with pytest.raises(TypeError, match=f"fastrnn.{name}: {message}"):
+                module(torch.randn(2, 1, 4))
 
 
 @pytest.mark.parametrize("cell", CELLS)
