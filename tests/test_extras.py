@@ -193,7 +193,8 @@ def test_functional_form_with_extras_compiles_to_one_graph(cell):
 def test_module_with_extras_and_noise_compiles_whole_inside_fullgraph(cell):
     torch._dynamo.reset()
     module, _ = twins(cell, 4, 5, num_layers=2, bidirectional=True)
-    module.zoneout, module.recurrent_dropout, module.weight_dropout = 0.1, 0.2, 0.3
+    zoneout = (0.1, 0.2) if cell == "lstm" else 0.1
+    module.zoneout, module.recurrent_dropout, module.weight_dropout = zoneout, 0.2, 0.3
     x, lengths, reset = torch.randn(6, 3, 4), torch.tensor([2, 6, 0]), torch.rand(6, 3) < 0.3
 
     def run(x: Tensor, lengths: Tensor, reset: Tensor) -> Any:
