@@ -5,7 +5,6 @@ the bits of a row, which depend on nothing but its own numbers."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch.nn.utils.rnn import pack_sequence
 from twins import CELLS, assert_as_accurate, like, random_state, tensors_of, training_step, twins
 
 import fastrnn
-from fastrnn import extension
 
 pytestmark = [
     pytest.mark.usefixtures("bfloat16_isa"),
@@ -34,15 +32,6 @@ SHAPES = [
     (7, 50, 64, 64),
     (5, 65, 40, 100),
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads and the way that they share a layer."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    extension.module.force_split("chosen")
 
 
 def shape_id(shape: tuple[int, ...]) -> str:
@@ -104,8 +93,7 @@ def test_bits_do_not_depend_on_threads_or_how_they_share_a_layer(cell, threads):
     ours, _, x, hx = case(cell, (6, 37, 24, 100), bidirectional=True)
     results = []
     for count, split in ((1, "chosen"), (2, "chosen"), (2, "rows"), (4, "rows"), (4, "units"), (7, "units")):
-        torch.set_num_threads(count)
-        extension.module.force_split(split)
+        threads(count, split)
         results.append(training_step(ours, x, hx))
     for other in results[1:]:
         for name, tensor in results[0].items():

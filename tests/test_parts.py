@@ -32,15 +32,6 @@ def amx() -> Iterator[None]:
     extension.module.select_isa(before)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads and the way that they share a layer."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    extension.module.force_split("chosen")
-
-
 def case(cell: str, shape: tuple[int, ...], **options: object) -> tuple[nn.Module, nn.Module, Tensor, object]:
     """(ours, torch's, x, hx)."""
     steps, batch, features, units = shape
@@ -171,8 +162,7 @@ def test_bits_do_not_depend_on_threads_or_how_they_share_a_layer(cell, options, 
     module, _, x, hx = case(cell, (9, 37, 300, 200), **options)
     results = []
     for count, split in ((1, "chosen"), (2, "chosen"), (2, "rows"), (4, "rows"), (4, "units"), (7, "units")):
-        torch.set_num_threads(count)
-        extension.module.force_split(split)
+        threads(count, split)
         results.append(training_step(module, x, hx))
     for other in results[1:]:
         for name, tensor in results[0].items():

@@ -108,6 +108,7 @@ class BackwardSteps {
     const int nv = static_cast<int>(states_.width(panel));
     for (int64_t row = begin; row < end; ++row, sums += nv * L) {
       const bool reset = rows_.reset(t_before_, row);
+      if (!reset && !forward_.h_mask) continue;
       for (int v = 0; v < nv; ++v) {
         const int64_t unit = (states_.first(panel) + v) * L;
         const int lanes = r_ - unit < L ? static_cast<int>(r_ - unit) : L;
