@@ -197,6 +197,8 @@ PYBIND11_MODULE(_C, m) {
         fastrnn::cpu::force_split(split == "rows" ? Split::rows : split == "units" ? Split::units : Split::chosen);
       },
       "How threads share a layer: chosen by its size, or forced, for the tests.");
+  m.def("force_parts", &fastrnn::cpu::force_parts,
+        "Whether float32 products on AMX are in parts of bfloat16 wherever they can be, for the tests.");
   m.def(
       "activation",
       [](const std::string& name, const at::Tensor& x) {

@@ -12,7 +12,8 @@ template <class Cell, class V>
 class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameElements<V>> {
   using Steps = ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameElements<V>>;
   friend Steps;
-  using Steps::buffer_, Steps::c_row_, Steps::chunk_rows_, Steps::direction_, Steps::first_panel_, Steps::first_unit_;
+  using Steps::buffer_, Steps::c_row_, Steps::chunk_rows_, Steps::direction_, Steps::end_unit_, Steps::first_panel_,
+      Steps::first_unit_;
   using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::activate, Steps::blend;
   using Steps::h_row_, Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_,
       Steps::rows_;
@@ -150,6 +151,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // is no other.
   void project_by_parts(const PartProducts& parts, const Scalar* a, int64_t a_row, bool first, bool only) {
     Bfloat16* const rows = static_cast<Bfloat16*>(task_.x_parts);
+    if (lazy_ && only && chunk_rows_ <= kFewRows) return project_few(parts, a, a_row);
     parts.pack_rows(a, a_row, chunk_rows_, layer_.I, rows);
     PartArgs args{};
     args.blocks = (layer_.I + 31) / 32;
@@ -163,6 +165,24 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       stop = chunk_rows_ - begin < together ? chunk_rows_ : begin + together;
       project_rows(parts, args, begin, stop, first, only && stop - begin == chunk_rows_);
     }
+    parts.end();
+  }
+
+  // All rows of a call too short to pay for packing.
+  void project_few(const PartProducts& parts, const Scalar* a, int64_t a_row) {
+    FewRowsArgs args{};
+    parts.pack_few(a, a_row, chunk_rows_, layer_.I, static_cast<Bfloat16*>(task_.x_parts));
+    args.x = static_cast<const Bfloat16*>(task_.x_parts);
+    args.rows = static_cast<int>(chunk_rows_);
+    args.w = in(direction_.w_ih);
+    args.k = layer_.I, args.units = layer_.H, args.unit = first_unit_;
+    args.blocks = (end_unit_ - first_unit_) / L;
+    args.gates = G;
+    args.init = in(task_.b_ih) + first_unit_ * G;
+    args.out = out(task_.x_gates);
+    args.out_row = x_gates_row_;
+    parts.begin();
+    parts.multiply_few(args);
     parts.end();
   }
 

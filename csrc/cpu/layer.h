@@ -144,6 +144,9 @@ PackedWeights pack_weights(const LayerForward& layer, int direction, const Packe
 enum class Split : int { chosen, rows, units };
 void force_split(Split split);
 
+// Whether products are computed in parts (parts.h) wherever they can be, for tests, and not where it pays.
+void force_parts(bool always);
+
 // sigmoid or tanh of n values by the code that the cells use, for the tests of its accuracy.
 enum class Activation : int { sigmoid, tanh };
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n);

@@ -63,6 +63,7 @@ double packing(const LayerForward& layer, int members, bool split_rows) {
 constexpr double kBarrier = 400, kRegion = 2000;  // ns
 
 std::atomic<Split> forced{Split::chosen};
+std::atomic<bool> parts_forced{false};
 
 // As many threads as there is work for, one at least, whether it pays or not.
 Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads, bool together, bool units) {
@@ -348,17 +349,19 @@ const PartProducts* part_products(const LayerForward& layer, const Kernels& kern
   return layer.is_double || layer.is_bfloat16 || kernels.lanes != 16 ? nullptr : chosen_isa().parts;
 }
 
-// Whether W_ih is multiplied in parts. Bits must be those of any other number of rows: the size of W_ih decides.
+// Whether W_ih is multiplied in parts, forward and for d_x. Bits must be those of any other number of rows: the size of
+// W_ih decides. Calls of one step pay for what sequences gain (Granite Rapids, LSTM, B = 1: 1.5 times as long at H =
+// 128 and 256, 1.2 times at 512), and small layers are called so.
 const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels) {
-  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= 49152;
-  return pays ? part_products(layer, kernels) : nullptr;
+  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= 1 << 20;
+  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
 }
 
 // Whether the gradients of weights are computed in parts. Their bits are those of one batch anyway.
 const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels) {
-  const int64_t weights = gates_per_unit(layer) * layer.H * (layer.I + width_of_h(layer));
-  const bool pays = layer.N >= 64 && weights >= 32768 && !layer.direction[0].h_mask;
-  return pays ? part_products(layer, kernels) : nullptr;
+  if (layer.direction[0].h_mask) return nullptr;
+  const bool pays = layer.N >= 64 && gates_per_unit(layer) * layer.H * (layer.I + width_of_h(layer)) >= 32768;
+  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
 }
 
 // The same on one thread.
@@ -455,6 +458,7 @@ PackedWeights pack_weights(const LayerForward& layer, int direction, const Packe
 }
 
 void force_split(Split split) { forced = split; }
+void force_parts(bool always) { parts_forced = always; }
 
 void activate(Activation which, bool is_double, const void* x, void* y, int64_t n) {
   (is_double ? chosen_isa().of_double : chosen_isa().of_float)->activation(which, x, y, n);

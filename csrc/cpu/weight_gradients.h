@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What comes after the backward sweeps, d_x first, and then, around their products, the gradients of weights and biases:
-// which rows of x and h belong to which step, which gradients of the gates to which rows of the weights, and who of the
-// team computes what. The products, and d_x, are those of the derived class: gradients.h, gradients_blocks.h.
+// What comes after the backward sweeps, d_x first, and then, around their products, the gradients of weights and
+// biases: which rows of x and h belong to which step, which gradients of the gates to which rows of the weights, and
+// who of the team computes what. The products, and d_x, are those of the derived class: gradients.h,
+// gradients_blocks.h.
 //
 //   d_w_ih = d_gates[input]^T * x                       rows of d_w shared out, never the sum over T*B
 //   d_w_hh = d_gates[recurrent]^T * (h one step before)
