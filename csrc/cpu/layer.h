@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One recurrent layer with its directions, as plain pointers and sizes.
-// layer.cpp fills these structs from tensors; run.cpp plans threads and calls the kernels of the chosen ISA.
+// layer.cpp fills these structs from tensors; plan.cpp and run.cpp plan threads and call the kernels of the chosen ISA.
 // Nothing here includes torch, so every file below this line can be compiled and tested without it.
 #pragma once
 #include <stddef.h>

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How a call runs: with which kernels and products, and how threads share it. Called by run.cpp before it lays out the
+// scratch.
+#include "plan.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <atomic>
+
+namespace fastrnn {
+namespace cpu {
+
+namespace {
+
+// GNU OpenMP does not survive a fork: a child whose parent ran a team must not open one.
+std::atomic<bool> forked{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
+struct Cost {
+  const LayerForward& layer;
+  const Kernels& kernels;
+  double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
+  double gates() const { return static_cast<double>(gates_per_unit(layer)); }
+  // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights, and a part
+  // of the latter that does not overlap. Fewer than three rows wait for the weights, wherever these lie.
+  double step(double rows, double parts) const {
+    const double units = static_cast<double>(layer.H) / parts;
+    if (layer.is_bfloat16) return rounded_step(rows, units);
+    const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
+    const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
+    const bool far = weights > 1.5e6;
+    const double streamed = weights / (far ? 60.0 : 110.0);
+    const double computed =
+        gates() * units * (recurrent + input) / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
+    return (computed > streamed ? computed : streamed) + streamed * (far ? 0.35 : 0.1);
+  }
+  // With products in bfloat16: a block of rows takes as long as one row.
+  double rounded_step(double rows, double units) const {
+    const double blocks =
+        static_cast<double>((static_cast<int64_t>(rows) + kernels.block_rows - 1) / kernels.block_rows);
+    const double weights = gates() * units * (width() + static_cast<double>(layer.I));
+    return weights * blocks * static_cast<double>(kernels.block_rows) / 800 + weights * 2 / 60 * 0.5 +
+           rows * units * (gates() * 0.4 + 1) / kernels.lanes;
+  }
+};
+
+// Packing the weights, shared by the members. Threads that share units, and a thread alone, pack where they use and
+// stay in the cache; threads that share rows write the packed weights for each other.
+double packing(const LayerForward& layer, int members, bool split_rows) {
+  if (layer.direction[0].packed) return 0;
+  const double weights = static_cast<double>(gates_per_unit(layer) * layer.H) *
+                         static_cast<double>((layer.P ? layer.P : layer.H) + layer.I) * static_cast<double>(layer.D);
+  return weights * (split_rows && members > 1 ? 0.8 : 0.3) / members;
+}
+
+constexpr double kBarrier = 400, kRegion = 2000;  // ns
+
+std::atomic<Split> forced{Split::chosen};
+std::atomic<bool> parts_forced{false};
+
+// As many threads as there is work for, one at least, whether it pays or not.
+Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads, bool together, bool units) {
+  const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
+  const int64_t parts = units ? blocks : layer.B;
+  int members = threads / (together ? 2 : 1);
+  if (members > parts) members = static_cast<int>(parts);
+  return Plan{&kernels, members * (together ? 2 : 1), members, together, units && members > 1, 0};
+}
+
+const PartProducts* part_products(const LayerForward& layer, const Kernels& kernels) {
+  return layer.is_double || layer.is_bfloat16 || kernels.lanes != 16 ? nullptr : chosen_isa().parts;
+}
+
+}  // namespace
+
+const Kernels& kernels_for(const LayerForward& layer) {
+  if (layer.is_bfloat16) return *chosen_isa().of_bfloat16;
+  if (layer.own) return own_kernels(*layer.own, layer.is_double);
+  return layer.is_double ? *chosen_isa().of_double : *chosen_isa().of_float;
+}
+
+Plan serial_plan(const Kernels& kernels) { return Plan{&kernels, 1, 1, false, false, 0}; }
+
+Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
+  const Plan serial = serial_plan(kernels);
+  if (threads > kMostThreads) threads = kMostThreads;
+  if (threads < 2 || forked || omp_in_parallel()) return serial;
+  const bool together = layer.D == 2;
+  const Split wish = forced;
+  if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
+  const Cost cost{layer, kernels};
+  const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
+  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + packing(layer, 1, false);
+  Plan chosen = serial;
+  for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
+    const int used = members * (together ? 2 : 1);
+    // The longest share of rows counts; fewer rows than members leave some idle.
+    const int64_t rows = (layer.B + members - 1) / members;
+    const double by_rows = T * cost.step(static_cast<double>(rows), 1) + packing(layer, used, true) + kRegion;
+    if (by_rows < best && members <= layer.B)
+      best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
+    const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
+    const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
+    const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + packing(layer, used, false) + kRegion;
+    if (by_units < best && members > 1 && members <= blocks && !layer.P) {
+      best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
+    }
+  }
+  return chosen;
+}
+
+// Bits must be those of any other number of rows: the size of W_ih decides. Calls of one step pay for what sequences
+// gain (Granite Rapids, LSTM, B = 1: 1.5 times as long at H = 128 and 256, 1.2 times at 512), and small layers are
+// called so.
+const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels) {
+  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= 1 << 20;
+  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
+}
+
+const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels) {
+  if (layer.direction[0].h_mask) return nullptr;
+  const bool pays = layer.N >= 64 && gates_per_unit(layer) * layer.H * (layer.I + width_of_h(layer)) >= 32768;
+  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
+}
+
+Plan serial_plan(const Plan& plan) {
+  Plan serial = serial_plan(*plan.kernels);
+  serial.input_parts = plan.input_parts, serial.weight_parts = plan.weight_parts;
+  return serial;
+}
+
+void force_split(Split split) { forced = split; }
+void force_parts(bool always) { parts_forced = always; }
+
+}  // namespace cpu
+}  // namespace fastrnn

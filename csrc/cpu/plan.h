@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The choices of plan.cpp, each of sizes alone. Used by run.cpp.
+#pragma once
+#include "kernels.h"
+
+namespace fastrnn {
+namespace cpu {
+
+constexpr int kMostThreads = 256;
+
+static inline int64_t width_of_h(const LayerForward& layer) { return layer.P ? layer.P : layer.H; }
+
+// The kernels of the instruction set chosen now.
+const Kernels& kernels_for(const LayerForward& layer);
+
+// How at most `threads` threads share a layer, by estimates of what each way takes; its products are multiply-adds.
+Plan choose(const LayerForward& layer, const Kernels& kernels, int threads);
+
+// One thread; with the products of another plan.
+Plan serial_plan(const Kernels& kernels);
+Plan serial_plan(const Plan& plan);
+
+// The products in parts (parts.h) with W_ih, forward and for d_x, and of the gradients of weights, whose bits are those
+// of one batch anyway; null: multiply-adds.
+const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels);
+const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels);
+
+}  // namespace cpu
+}  // namespace fastrnn
