@@ -144,13 +144,14 @@ def test_accuracy_is_relative(scales):
 
 
 def test_the_size_of_w_ih_decides():
-    """From 2**20 weights and a block of 32 terms on; the bits of all others are those of avx512."""
+    """From 2**20 weights on, 2**15 for d_x, and a block of 32 terms; the bits of all others are those of avx512."""
     extension.module.force_parts(False)
-    for features, units, equal in ((31, 9000, True), (512, 511, True), (512, 512, False)):
-        module, _, x, hx = case("lstm", (1, 5, features, units))
-        parts, tile = steps_on(("amx", "avx512"), module, x, hx)
-        for name in ("y", "d_x"):
-            assert torch.equal(parts[name], tile[name]) == equal, (name, features, units)
+    sizes = (31, 9000, set()), (32, 255, set()), (32, 256, {"d_x"}), (512, 511, {"d_x"}), (512, 512, {"y", "d_x"})
+    for features, units, differ in sizes:
+        module, _, x, _ = case("lstm", (1, 5, features, units))
+        parts, tile = steps_on(("amx", "avx512"), module, x, None)
+        found = {name for name in ("y", "d_x") if not torch.equal(parts[name], tile[name])}
+        assert found == differ, (features, units)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -169,10 +170,11 @@ def test_bits_depend_on_nothing_but_the_row(cell):
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(module(x, hx)), whole, strict=True))
 
 
+@pytest.mark.parametrize("batch", [37, 5])  # more rows than threads share as rows, and as columns
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}], ids=["one", "both"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_threads_or_how_they_share_a_layer(cell, options, threads):
-    module, _, x, hx = case(cell, (9, 37, 300, 200), **options)
+def test_bits_do_not_depend_on_threads_or_how_they_share_a_layer(cell, options, batch, threads):
+    module, _, x, hx = case(cell, (9, batch, 300, 200), **options)
     results = []
     for count, split in ((1, "chosen"), (2, "chosen"), (2, "rows"), (4, "rows"), (4, "units"), (7, "units")):
         threads(count, split)
@@ -182,10 +184,11 @@ def test_bits_do_not_depend_on_threads_or_how_they_share_a_layer(cell, options, 
             assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.parametrize("times", [1, 2])  # d_x of few rows and of many
 @pytest.mark.parametrize("cell", CELLS)
-def test_ragged_rows_are_those_of_rows_alone(cell):
+def test_ragged_rows_are_those_of_rows_alone(cell, times):
     module, _ = twins(cell, 300, 180, bidirectional=True)
-    lengths = [9, 1, 4, 9, 2, 6, 1, 3, 5, 7, 2, 8, 9, 9, 3, 4, 5, 6, 7]
+    lengths = [9, 1, 4, 9, 2, 6, 1, 3, 5, 7, 2, 8, 9, 9, 3, 4, 5, 6, 7] * times
     generator = torch.Generator().manual_seed(4)
     sequences = [torch.randn(length, 300, generator=generator) for length in lengths]
     padded = pad_sequence(sequences).requires_grad_()

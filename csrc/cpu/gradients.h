@@ -95,16 +95,33 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     }
   }
 
-  // d_x in parts. The threads pack together and share the rows; of these some at a time, chain by chain, so
-  // that what all panels read stays in the cache.
+  // d_x in parts. Many rows: the threads pack together and share the rows; of these some at a time, chain by chain, so
+  // that what all panels read stays in the cache. Few rows: threads share the columns, and pack a chain of a panel when
+  // they use it, each in the place of the one before.
   void input_by_parts(const PartProducts& parts) {
     const Panels panels(layer_.I, L, 4);
     const int64_t k_size = G * layer_.H, member = task_.team.member;
     const int64_t first = share(panels.count, member), last = share(panels.count, member + 1);
+    const auto place = [&](int d, int64_t p) {
+      return static_cast<Bfloat16*>(task_.w_ih[d]) + part_panel(k_size, panels.first(p));
+    };
+    if (layer_.N <= kPartInputRows) {
+      parts.begin();
+      for (int d = 0; d < layer_.D && first < last; ++d) {
+        for (int64_t k = 0; k < k_size; k += kPartChain) {
+          add_chain(parts, d, k, 0, layer_.N, panels, first, last, [&](int64_t p) {
+            pack_column_parts(
+                parts, [&](int64_t j) { return w_ih_row(d, k + j); }, chain_terms(k), panels, p, p + 1,
+                place(d, first));
+            return place(d, first);
+          });
+        }
+      }
+      parts.end();
+      return;
+    }
     for (int d = 0; d < layer_.D; ++d) {
-      pack_column_parts(
-          parts, [&](int64_t k) { return w_ih_row(d, k); }, k_size, panels, first, last,
-          static_cast<Bfloat16*>(task_.w_ih[d]) + part_panel(k_size, panels.first(first)));
+      pack_column_parts(parts, [&](int64_t k) { return w_ih_row(d, k); }, k_size, panels, first, last, place(d, first));
     }
     join();
     parts.begin();
@@ -112,15 +129,24 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     for (int64_t row = share(layer_.N, member), stop; row < end; row = stop) {
       stop = end - row < kPartInputRows ? end : row + kPartInputRows;
       for (int d = 0; d < layer_.D; ++d) {
-        for (int64_t k = 0; k < k_size; k += kPartChain) add_chain(parts, panels, d, k, row, stop);
+        for (int64_t k = 0; k < k_size; k += kPartChain) {
+          add_chain(parts, d, k, row, stop, panels, 0, panels.count,
+                    [&](int64_t p) { return place(d, p) + part_panel(k, panels.width(p)); });
+        }
       }
     }
     parts.end();
   }
 
-  // Rows [row, stop) of d_x (+)= one chain of terms, from k on.
-  void add_chain(const PartProducts& parts, const Panels& panels, int d, int64_t k, int64_t row, int64_t stop) const {
-    const int64_t I = layer_.I, k_size = G * layer_.H, terms = k_size - k < kPartChain ? k_size - k : kPartChain;
+  // Terms of the chain of d_x that begins with term k.
+  int64_t chain_terms(int64_t k) const { return G * layer_.H - k < kPartChain ? G * layer_.H - k : kPartChain; }
+
+  // Rows [row, stop) of d_x (+)= one chain of terms, from k on, in panels [first, last); weights(p): where those of one
+  // panel lie.
+  template <class Weights>
+  void add_chain(const PartProducts& parts, int d, int64_t k, int64_t row, int64_t stop, const Panels& panels,
+                 int64_t first, int64_t last, const Weights& weights) const {
+    const int64_t I = layer_.I, terms = chain_terms(k);
     const bool adds = d > 0 || k > 0;
     Bfloat16* const rows = static_cast<Bfloat16*>(task_.d_gates_parts);
     parts.pack_rows(in(task_.d_gates[d]) + row * d_row_ + Cell::kInput * layer_.H + k, d_row_, stop - row, terms, rows);
@@ -129,9 +155,9 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     args.blocks = (terms + 31) / 32;
     args.a_row = part_row(terms);
     args.out_row = args.init_row = task_.places ? 4 * L : I;
-    for (int64_t p = 0; p < panels.count; ++p) {
+    for (int64_t p = first; p < last; ++p) {
       const int64_t column = panels.first(p) * L, width = panels.width(p), left = I - column;
-      args.w = static_cast<const Bfloat16*>(task_.w_ih[d]) + part_panel(k_size, panels.first(p)) + part_panel(k, width);
+      args.w = weights(p);
       args.columns = static_cast<int>(left < width * L ? left : width * L);
       for (int64_t m = row; m < stop; m += kPartRows) {
         args.rows = static_cast<int>(stop - m < kPartRows ? stop - m : kPartRows);

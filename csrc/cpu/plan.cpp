@@ -73,6 +73,11 @@ const PartProducts* part_products(const LayerForward& layer, const Kernels& kern
   return layer.is_double || layer.is_bfloat16 || kernels.lanes != 16 ? nullptr : chosen_isa().parts;
 }
 
+const PartProducts* input_parts_from(int64_t weights, const LayerForward& layer, const Kernels& kernels) {
+  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= weights;
+  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
+}
+
 }  // namespace
 
 const Kernels& kernels_for(const LayerForward& layer) {
@@ -115,8 +120,13 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
 // gain (Granite Rapids, LSTM, B = 1: 1.5 times as long at H = 128 and 256, 1.2 times at 512), and small layers are
 // called so.
 const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels) {
-  const bool pays = layer.I >= 32 && gates_per_unit(layer) * layer.H * layer.I >= 1 << 20;
-  return pays || parts_forced ? part_products(layer, kernels) : nullptr;
+  return input_parts_from(1 << 20, layer, kernels);
+}
+
+// Here a training step of one row and one step pays (1.2 times as long at H = 128 and 256), and 100 steps of 16 rows or
+// more gain up to a tenth.
+const PartProducts* input_gradient_parts(const LayerForward& layer, const Kernels& kernels) {
+  return input_parts_from(1 << 15, layer, kernels);
 }
 
 const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels) {

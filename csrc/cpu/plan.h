@@ -20,9 +20,10 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads);
 Plan serial_plan(const Kernels& kernels);
 Plan serial_plan(const Plan& plan);
 
-// The products in parts (parts.h) with W_ih, forward and for d_x, and of the gradients of weights, whose bits are those
-// of one batch anyway; null: multiply-adds.
+// The products in parts (parts.h) of W_ih x, of d_x, and of the gradients of weights, whose bits are those of one batch
+// anyway; null: multiply-adds.
 const PartProducts* input_parts(const LayerForward& layer, const Kernels& kernels);
+const PartProducts* input_gradient_parts(const LayerForward& layer, const Kernels& kernels);
 const PartProducts* weight_parts(const LayerForward& layer, const Kernels& kernels);
 
 }  // namespace cpu

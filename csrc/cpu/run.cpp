@@ -306,7 +306,7 @@ Plan plan_forward(const LayerForward& layer, int threads) {
 Plan plan_backward(const LayerBackward& layer, int threads) {
   const Kernels& kernels = kernels_for(layer.forward);
   Plan plan = choose(layer.forward, kernels, threads);
-  plan.input_parts = layer.d_x ? input_parts(layer.forward, kernels) : nullptr;
+  plan.input_parts = layer.d_x ? input_gradient_parts(layer.forward, kernels) : nullptr;
   plan.weight_parts = weight_parts(layer.forward, kernels);
   Scratch planned(nullptr, element(layer.forward)), serial(nullptr, element(layer.forward));
   lay_out(layer, plan, planned, nullptr, nullptr);
