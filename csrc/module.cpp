@@ -201,7 +201,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether float32 products on AMX are in parts of bfloat16 wherever they can be, for the tests.");
   m.def(
       "activation",
-      [](const std::string& name, const at::Tensor& x) {
+      [](const std::string& name, const at::Tensor& x, bool rounded) {
         TORCH_CHECK_VALUE(name == "sigmoid" || name == "tanh", "fastrnn.activation: sigmoid or tanh, got ", name);
         TORCH_CHECK(x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
                     "fastrnn.activation: x must be float32 or float64 on the CPU");
@@ -209,10 +209,14 @@ PYBIND11_MODULE(_C, m) {
         at::Tensor to = from.clone();
         const bool sigmoid = name == "sigmoid";
         fastrnn::cpu::activate(sigmoid ? fastrnn::cpu::Activation::sigmoid : fastrnn::cpu::Activation::tanh,
-                               x.scalar_type() == at::kDouble, from.const_data_ptr(), to.data_ptr(), from.numel());
+                               x.scalar_type() == at::kDouble, rounded, from.const_data_ptr(), to.data_ptr(),
+                               from.numel());
         return to;
       },
-      "sigmoid or tanh as the cells compute it, on the chosen instruction set; for the tests of its accuracy");
+      "sigmoid or tanh as the cells compute it, on the chosen instruction set; of float32, rounded: as those with "
+      "products "
+      "in bfloat16 do. For the tests of its accuracy.",
+      pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("rounded") = false);
   m.def(
       "fma_peak",
       [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::own_isa(), double_precision); }, no_gil(),

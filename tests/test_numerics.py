@@ -51,6 +51,21 @@ def test_float32_activation_ends_where_the_function_ends(isa: str, name: str) ->
     torch.testing.assert_close(got[[0, 1, 3, 4, 5]], expected, rtol=0, atol=2.0**-125)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_rounded_activation_is_within_its_bound(isa: str, name: str) -> None:
+    """Of the cells with products in bfloat16, relative to the exact result; never beyond 1. Others have those above."""
+    x = torch.cat([every_nth_float32(997), dense_near_zero()])
+    got = extension.module.activation(name, x, rounded=True)
+    exact = getattr(torch, name)(x.double())
+    normal = exact.abs() >= 2.0**-125
+    assert ((got.double() - exact).abs() / exact.abs())[normal].max().item() <= 1.4e-5
+    assert got[~normal].abs().max().item() <= 2.0**-124
+    assert got.abs().max().item() <= 1.0
+    ends = extension.module.activation(name, torch.tensor([float("inf"), -float("inf"), float("nan")]), rounded=True)
+    assert ends[2].isnan()
+    torch.testing.assert_close(ends[:2], torch.tensor([1.0, 0.0 if name == "sigmoid" else -1.0]), rtol=0, atol=2e-5)
+
+
 def exact_activation(name: str, x: float) -> Decimal:
     with localcontext() as context:
         context.prec = 50

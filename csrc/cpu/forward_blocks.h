@@ -118,7 +118,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
       const int64_t block = units_.first(p0), blocks = units_.first(p1) - block;
       args.out_row = blocks * G * L;
       for (int64_t begin = 0, stop; begin < n; begin = stop) {
-        stop = n - begin < kBufferRows ? n : begin + kBufferRows;
+        stop = n - begin < kRowsAtOnce ? n : begin + kRowsAtOnce;
         for (int64_t p = p0; p < p1; ++p) {
           const int64_t next = which ? p - 1 : p + 1;
           const int64_t follows = next >= first_panel_ && next < last_panel_ && most == 1 ? next : p;

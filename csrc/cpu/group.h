@@ -56,8 +56,17 @@ struct Group {
   FASTRNN_INLINE static Group where_positive(Group y, Group d) {
     return each([&](int j) __attribute__((always_inline)) { return V::where_positive(y.v[j], d.v[j]); });
   }
-  FASTRNN_INLINE static Group sigmoid(Group x) { return cpu::sigmoid(x); }
-  FASTRNN_INLINE static Group tanh(Group x) { return cpu::tanh(x); }
+  FASTRNN_INLINE static Group fraction(Group x) {
+    return each([&](int j) __attribute__((always_inline)) { return V::fraction(x.v[j]); });
+  }
+  FASTRNN_INLINE static Group scale(Group p, Group x) {
+    return each([&](int j) __attribute__((always_inline)) { return V::scale(p.v[j], x.v[j]); });
+  }
+  FASTRNN_INLINE static Group near_reciprocal(Group d) {
+    return each([&](int j) __attribute__((always_inline)) { return V::near_reciprocal(d.v[j]); });
+  }
+  FASTRNN_INLINE static Group sigmoid(Group x) { return V::sigmoid(x); }
+  FASTRNN_INLINE static Group tanh(Group x) { return V::tanh(x); }
 };
 
 }  // namespace cpu

@@ -149,7 +149,7 @@ void force_parts(bool always);
 
 // sigmoid or tanh of n values by the code that the cells use, for the tests of its accuracy.
 enum class Activation : int { sigmoid, tanh };
-void activate(Activation which, bool is_double, const void* x, void* y, int64_t n);
+void activate(Activation which, bool is_double, bool rounded, const void* x, void* y, int64_t n);
 
 // Whether the instruction set chosen now has products in bfloat16.
 bool multiplies_bfloat16();

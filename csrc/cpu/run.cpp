@@ -332,8 +332,9 @@ PackedWeights pack_weights(const LayerForward& layer, int direction, const Packe
   return packed;
 }
 
-void activate(Activation which, bool is_double, const void* x, void* y, int64_t n) {
-  (is_double ? chosen_isa().of_double : chosen_isa().of_float)->activation(which, x, y, n);
+void activate(Activation which, bool is_double, bool rounded, const void* x, void* y, int64_t n) {
+  const Isa& isa = chosen_isa();
+  (is_double ? isa.of_double : rounded && isa.of_bfloat16 ? isa.of_bfloat16 : isa.of_float)->activation(which, x, y, n);
 }
 
 }  // namespace cpu

@@ -9,26 +9,15 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #endif
+#include "activation.h"
 #include "backward.h"
 #include "forward.h"
 #include "gradients.h"
 #include "kernels.h"
-#include "math.h"
 #include "pack.h"
 
 namespace fastrnn {
 namespace cpu {
-
-template <class V>
-void activation(Activation which, const void* x, void* y, int64_t n) {
-  const typename V::Scalar* from = static_cast<const typename V::Scalar*>(x);
-  typename V::Scalar* to = static_cast<typename V::Scalar*>(y);
-  for (int64_t j = 0; j < n; j += V::kLanes) {
-    const int lanes = n - j < V::kLanes ? static_cast<int>(n - j) : V::kLanes;
-    const V a = load_lanes<V>(from + j, lanes);
-    store_lanes(which == Activation::sigmoid ? V::sigmoid(a) : V::tanh(a), to + j, lanes);
-  }
-}
 
 #if defined(FASTRNN_CELL)
 

@@ -4,6 +4,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "activation.h"
 #include "backward_blocks.h"
 #include "forward_blocks.h"
 #include "gradients_blocks.h"
@@ -24,7 +25,7 @@ constexpr Kernels block_kernels() {
            gradient_blocks<Rnn<Relu>, V, Blocks>},
           {pack_direction_blocks<Lstm, V, Blocks>, pack_direction_blocks<Gru, V, Blocks>,
            pack_direction_blocks<Rnn<Tanh>, V, Blocks>, pack_direction_blocks<Rnn<Relu>, V, Blocks>},
-          nullptr,
+          activation<V>,
           kBlockRows};
 }
 

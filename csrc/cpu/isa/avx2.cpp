@@ -41,8 +41,14 @@ struct FloatAvx2 {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), d.v)};
   }
   static FloatAvx2 divide(FloatAvx2 n, FloatAvx2 d) { return {_mm256_div_ps(n.v, d.v)}; }
-  static FloatAvx2 sigmoid(FloatAvx2 x) { return cpu::sigmoid(x); }
-  static FloatAvx2 tanh(FloatAvx2 x) { return cpu::tanh(x); }
+  template <class W>
+  static W sigmoid(W x) {
+    return cpu::sigmoid(x);
+  }
+  template <class W>
+  static W tanh(W x) {
+    return cpu::tanh(x);
+  }
 
   // column[c][lane] = from[lane][c]. Rows four apart are put together as they are read, so that what is left is a 4 by
   // 4 transpose within halves.
@@ -93,8 +99,14 @@ struct DoubleAvx2 {
     return {_mm256_and_pd(_mm256_cmp_pd(y.v, _mm256_setzero_pd(), _CMP_NLE_UQ), d.v)};
   }
   static DoubleAvx2 divide(DoubleAvx2 n, DoubleAvx2 d) { return {_mm256_div_pd(n.v, d.v)}; }
-  static DoubleAvx2 sigmoid(DoubleAvx2 x) { return cpu::sigmoid(x); }
-  static DoubleAvx2 tanh(DoubleAvx2 x) { return cpu::tanh(x); }
+  template <class W>
+  static W sigmoid(W x) {
+    return cpu::sigmoid(x);
+  }
+  template <class W>
+  static W tanh(W x) {
+    return cpu::tanh(x);
+  }
 
   static constexpr int kColumns = 2;  // as above, rows two apart
   static void columns(const double* from, int64_t from_row, DoubleAvx2* column) {

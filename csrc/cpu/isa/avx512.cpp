@@ -33,8 +33,14 @@ struct DoubleAvx512 {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), d.v)};
   }
   static DoubleAvx512 divide(DoubleAvx512 n, DoubleAvx512 d) { return {_mm512_div_pd(n.v, d.v)}; }
-  static DoubleAvx512 sigmoid(DoubleAvx512 x) { return cpu::sigmoid(x); }
-  static DoubleAvx512 tanh(DoubleAvx512 x) { return cpu::tanh(x); }
+  template <class W>
+  static W sigmoid(W x) {
+    return cpu::sigmoid(x);
+  }
+  template <class W>
+  static W tanh(W x) {
+    return cpu::tanh(x);
+  }
 
   static constexpr int kColumns = 2;  // as in avx512.h, quarters of two rows
   static void columns(const double* from, int64_t from_row, DoubleAvx512* column) {

@@ -54,8 +54,14 @@ struct Single {
   static Single relu(Single x) { return max(zero(), x); }
   static Single where_positive(Single y, Single d) { return {y.v <= T(0) ? T(0) : d.v}; }
   static Single divide(Single n, Single d) { return {n.v / d.v}; }
-  static Single sigmoid(Single x) { return cpu::sigmoid(x); }
-  static Single tanh(Single x) { return cpu::tanh(x); }
+  template <class W>
+  static W sigmoid(W x) {
+    return cpu::sigmoid(x);
+  }
+  template <class W>
+  static W tanh(W x) {
+    return cpu::tanh(x);
+  }
   static constexpr int kColumns = 1;
   static void columns(const T* from, int64_t, Single* column) { column->v = *from; }
 };
