@@ -12,10 +12,10 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using Steps = BackwardSteps<BackwardSweep<Cell, V>, Cell, V, SameElements<V>>;
   friend Steps;
   using Steps::backward_, Steps::buffer_, Steps::d_row_, Steps::first_panel_, Steps::forward_, Steps::last_panel_;
-  using Steps::differentiate, Steps::fetch_saved, Steps::kept, Steps::recurs, Steps::settle;
+  using Steps::differentiate, Steps::fetch_saved, Steps::recurs, Steps::settle;
   using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out;
-  using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::state_row_;
-  using Steps::states_, Steps::t_before_, Steps::task_, Steps::units_, Steps::y_row_;
+  using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
+  using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
   static constexpr int64_t kPass = 1024;
 
@@ -71,8 +71,8 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
 
   void step(int64_t s, int64_t t, int64_t both, int64_t n) {
     if (layer_.P) {
-      gather_d_h(t, 0, both, true);
-      gather_d_h(t, both, n, false);
+      this->gather_d_h(t, 0, both, true);
+      this->gather_d_h(t, both, n, false);
       rows(s, t, 0, n, true);
     } else {
       rows(s, t, 0, both, true);
@@ -144,38 +144,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     args.out = sums;
     args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
-  }
-
-  // With a projection: dL/dh at time t into d_h.
-  void gather_d_h(int64_t t, int64_t from, int64_t to, bool active) {
-    for (int64_t p = 0; from < to && p < states_.count; ++p) {
-      const int nv = static_cast<int>(states_.width(p));
-      const RowTiles tiles(to - from, Tiles<V>::rows(nv));
-      for (int64_t q = 0; q < tiles.tiles; ++q) {
-        const int64_t first = from + tiles.first(q), end = from + tiles.first(q + 1);
-        recur(first, static_cast<int>(end - first), p, 0, active ? G * layer_.H : 0, buffer_);
-        if (active) settle(first, end, p, buffer_);
-        for (int64_t row = first; row < end; ++row) {
-          for (int v = 0; v < nv; ++v) {
-            const int64_t unit = (states_.first(p) + v) * L;
-            const int lanes = r_ - unit < L ? static_cast<int>(r_ - unit) : L;
-            Scalar* d_state = out(task_.d_state) + row * state_row_ + unit;
-            const int64_t n = rows_.index(t, row);
-            V d_h = V::load(buffer_ + ((row - first) * nv + v) * L) + V::load(d_state);
-            V::zero().store(d_state);
-            if (task_.layer->d_y) {
-              d_h = d_h + load_lanes<V>(in(task_.layer->d_y) + n * y_row_ + task_.direction * r_ + unit, lanes);
-            }
-            if (layer_.zoneout_h.data) {
-              const V keep = kept(layer_.zoneout_h, t, row, task_.direction * r_ + unit, lanes);
-              (keep * d_h).store(d_state);
-              d_h = (V::one() - keep) * d_h;
-            }
-            store_lanes(d_h, out(task_.d_h) + rows_.packed(t, row) * r_ + unit, lanes);
-          }
-        }
-      }
-    }
   }
 };
 

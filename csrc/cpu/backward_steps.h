@@ -46,7 +46,8 @@ class BackwardSteps {
         state_row_(padded(r_)),
         c_row_(padded(layer_.H)),
         y_row_(layer_.D * r_),
-        d_row_(d_row) {
+        d_row_(d_row),
+        d_h_row_(Elements::kRounds ? in_blocks(r_) : r_) {
     const int64_t member = task.team.member, members = task.team.members;
     pack_first_ = states_.count * member / members;
     pack_last_ = states_.count * (member + 1) / members;
@@ -142,6 +143,46 @@ class BackwardSteps {
         d_c[j] = Scalar(0);
       }
     }
+  }
+
+  // With a projection: dL/dh at time t of rows [from, to) into d_h; `active`: they took part in the step after it.
+  void gather_d_h(int64_t t, int64_t from, int64_t to, bool active) {
+    for (int64_t p = 0; p < states_.count; ++p) {
+      const int64_t nv = states_.width(p);
+      for (int64_t first = from, end; first < to; first = end) {
+        end = to - first < kBufferRows ? to : first + kBufferRows;
+        if (active) {
+          static_cast<Sweep&>(*this).recur_rows(first, end, p);
+          settle(first, end, p, buffer_);
+        } else {
+          for (int64_t k = 0; k < (end - first) * nv * L; ++k) buffer_[k] = Scalar(0);
+        }
+        for (int64_t row = first; row < end; ++row) {
+          for (int64_t v = 0; v < nv; ++v) {
+            gather_d_h(t, row, (states_.first(p) + v) * L, V::load(buffer_ + ((row - first) * nv + v) * L));
+          }
+        }
+      }
+    }
+  }
+
+  void gather_d_h(int64_t t, int64_t row, int64_t unit, V d_h) {
+    const int lanes = r_ - unit < L ? static_cast<int>(r_ - unit) : L;
+    Scalar* d_state = out(task_.d_state) + row * state_row_ + unit;
+    d_h = d_h + V::load(d_state);
+    V::zero().store(d_state);
+    if (task_.layer->d_y) {
+      const Element* d_y = elements(task_.layer->d_y) + rows_.index(t, row) * y_row_ + task_.direction * r_ + unit;
+      d_h = d_h + Elements::load(d_y, lanes);
+    }
+    if (layer_.zoneout_h.data) {
+      const V keep = kept(layer_.zoneout_h, t, row, task_.direction * r_ + unit, lanes);
+      (keep * d_h).store(d_state);
+      d_h = (V::one() - keep) * d_h;
+    }
+    Element* to = elements(task_.d_h) + rows_.packed(t, row) * d_h_row_;
+    Elements::store(d_h, to + unit, lanes);
+    for (int64_t k = r_; unit + L >= r_ && k < d_h_row_; ++k) to[k] = Element{};  // what a block reads past the end
   }
 
   // The derivative of the cell for rows [begin, end) and one panel of units; what came through the weights waits in
@@ -290,7 +331,8 @@ class BackwardSteps {
       }
       if constexpr (Cell::kProjects) {
         if (task_.cell_h) {
-          store_lanes(unprojected.v[j.value], out(task_.cell_h) + piece.packed * H + piece.unit, lanes[j.value]);
+          Elements::store(unprojected.v[j.value], elements(task_.cell_h) + piece.packed * H + piece.unit,
+                          lanes[j.value]);
         }
       }
     });
@@ -360,7 +402,7 @@ class BackwardSteps {
   const Rows rows_;
   const int64_t r_;              // width of h
   const Panels states_, units_;  // over h, and over the units of the cell: the same without a projection
-  const int64_t state_row_, c_row_, y_row_, d_row_;
+  const int64_t state_row_, c_row_, y_row_, d_row_, d_h_row_;
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, t_before_ = 0;
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };

@@ -56,6 +56,7 @@ struct BlockArgs {
 // The elements of x, y and the weights in bfloat16. Blocks, the class of an instruction set:
 //   load(p, lanes), store(v, p, lanes)   16 elements, or the first few; store rounds to nearest, ties to even
 //   interleave(even, odd, lanes, to)     pairs of terms: to[lane][2], zero past `lanes`; odd may be null: zero
+//   scale_pairs(even, odd, pairs)        16 pairs times a factor for each of their terms, rounded
 //   transpose(from, from_row, to)        to[j][m] = from[m][j], 16 rows of 16 pairs, from_row elements apart
 //   multiply(args, nv)                   the product above, of an object that one sweep has; end() after the last one
 // and using Element = Bfloat16, kRounds = true.
@@ -137,6 +138,14 @@ void pack_block_strip(const Bfloat16* a, int64_t a_row, int64_t rows, int column
   }
 }
 
+// w_hr [P, H] -> panels [first, last) of rows of h, as the forward sweep reads them.
+template <class Blocks>
+void pack_projection_blocks(const LayerForward& layer, int d, int64_t first, int64_t last, void* packed) {
+  const Panels panels(layer.P, kBlockLanes, 4);
+  pack_gate_blocks<Blocks, 1>(static_cast<const Bfloat16*>(layer.direction[d].w_hr), layer.H, panels, first, last,
+                              static_cast<Bfloat16*>(packed) + panels.first(first) * kBlockLanes * in_blocks(layer.H));
+}
+
 // The packed weights of one direction as the forward sweep reads them.
 template <class Cell, class V, class Blocks>
 void pack_direction_blocks(const LayerForward& layer, int d, const PackedWeights& packed) {
@@ -145,10 +154,11 @@ void pack_direction_blocks(const LayerForward& layer, int d, const PackedWeights
   const Panels units(layer.H, kBlockLanes, kForwardPanel<Cell>);
   pack_gate_blocks<Blocks, G>(static_cast<const Bfloat16*>(direction.w_ih), layer.I, units, 0, units.count,
                               static_cast<Bfloat16*>(packed.w_ih));
-  pack_gate_blocks<Blocks, G>(static_cast<const Bfloat16*>(direction.w_hh), layer.H, units, 0, units.count,
-                              static_cast<Bfloat16*>(packed.w_hh));
+  pack_gate_blocks<Blocks, G>(static_cast<const Bfloat16*>(direction.w_hh), layer.P ? layer.P : layer.H, units, 0,
+                              units.count, static_cast<Bfloat16*>(packed.w_hh));
   pack_bias<V, G>(static_cast<const float*>(direction.b_ih), units, 0, units.count, static_cast<float*>(packed.b_ih));
   pack_bias<V, G>(static_cast<const float*>(direction.b_hh), units, 0, units.count, static_cast<float*>(packed.b_hh));
+  if (layer.P) pack_projection_blocks<Blocks>(layer, d, 0, Panels(layer.P, kBlockLanes, 4).count, packed.w_hr);
 }
 
 }  // namespace cpu

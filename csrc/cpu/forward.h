@@ -14,11 +14,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   friend Steps;
   using Steps::buffer_, Steps::c_row_, Steps::chunk_rows_, Steps::direction_, Steps::end_unit_, Steps::first_panel_,
       Steps::first_unit_;
-  using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::activate, Steps::blend;
+  using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::activate;
   using Steps::h_row_, Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_,
       Steps::rows_;
-  using Steps::store_operand, Steps::next_chunk, Steps::gather_x;
-  using Steps::task_, Steps::units_, Steps::x_gates_row_, Steps::y_row_;
+  using Steps::next_chunk, Steps::gather_x, Steps::task_, Steps::units_, Steps::x_gates_row_;
   using typename Steps::Scalar;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
@@ -286,21 +285,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         const int64_t first = tiles.first(q), end = tiles.first(q + 1);
         args.a = in(task_.cell_h) + first * c_row_;
         Tiles<V>::get(static_cast<int>(end - first), nv, 1)(args);
-        for (int64_t row = first; row < end; ++row) {
-          Scalar* y = out(layer_.y) + rows_.index(t, row) * y_row_ + task_.direction * r_;
-          for (int v = 0; v < nv; ++v) {
-            const int64_t left = r_ - (unit + v * L), at = unit + v * L;
-            const int lanes = left < L ? static_cast<int>(left) : L;
-            V h = V::load(buffer_ + ((row - first) * nv + v) * L);
-            if (layer_.zoneout_h.data) {
-              const V before = V::load(in(task_.h[which]) + row * h_row_ + at);
-              h = blend(layer_.zoneout_h, t, row, task_.direction * r_ + at, lanes, before, h);
-            }
-            h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
-            store_lanes(h, y + at, lanes);
-            if (direction_.h_mask) store_operand(h, row, at, lanes, which ^ 1);
-          }
-        }
+        this->take_projected(t, first, end, unit, nv, which);
       }
     }
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The forward sweep of one direction with products in bfloat16: x, y, h0 and the weights are bfloat16; sums, input
 // gates, states and the cell float; h is rounded where the next product reads it. One instance per cell and instruction
-// set. Time loop, states and the cell are those of forward_steps.h. No projection.
+// set. Time loop, states and the cell are those of forward_steps.h.
 #pragma once
 #include "blocks.h"
 #include "forward_steps.h"
@@ -15,7 +15,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
   friend Steps;
   using Steps::buffer_, Steps::chunk_rows_, Steps::direction_, Steps::first_panel_, Steps::first_unit_;
   using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::elements, Steps::activate;
-  using Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::rows_, Steps::task_;
+  using Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::task_;
   using Steps::units_, Steps::whole_, Steps::x_gates, Steps::x_gates_row_, Steps::kSummed;
   static_assert(L == kBlockLanes && kBufferRows % kBlockRows == 0);
   static constexpr int64_t kRowBytes = 256 * 1024, kKeptBytes = 1280 * 1024;
@@ -25,8 +25,8 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
   // to step.
   explicit ForwardBlockSweep(const ForwardTask& task)
       : Steps(task),
-        one_sum_(kSummed && (rows_.count() >= 64 || (rows_.count() > kBlockRows / 2 &&
-                                                     G * layer_.H * (layer_.H + layer_.I) * 2 <= kKeptBytes))) {
+        one_sum_(kSummed && (rows_.count() >= 64 ||
+                             (rows_.count() > kBlockRows / 2 && G * layer_.H * (r_ + layer_.I) * 2 <= kKeptBytes))) {
     x_gates_row_ += 16;  // rows of whole pages would share one set of the cache: 16 rows of a tile do not fit it
   }
 
@@ -36,13 +36,31 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
   int64_t panel(int64_t p, int64_t k) const { return units_.first(p) * G * L * in_blocks(k); }
 
   void pack() {
+    if (layer_.P) clear_unprojected();
     if (task_.packed) return;
     pack_gate_blocks<Blocks, G>(elements(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
                                 elements(task_.w_ih) + panel(pack_first_, layer_.I));
-    pack_gate_blocks<Blocks, G>(elements(direction_.w_hh), layer_.H, units_, pack_first_, pack_last_,
-                                elements(task_.w_hh) + panel(pack_first_, layer_.H));
+    pack_gate_blocks<Blocks, G>(elements(direction_.w_hh), r_, units_, pack_first_, pack_last_,
+                                elements(task_.w_hh) + panel(pack_first_, r_));
     pack_bias<V, G>(in(direction_.b_ih), units_, pack_first_, pack_last_, out(task_.b_ih));
     pack_bias<V, G>(in(direction_.b_hh), units_, pack_first_, pack_last_, out(task_.b_hh));
+    if constexpr (Cell::kProjects) {
+      if (layer_.P) pack_projection();
+    }
+  }
+
+  void pack_projection() {
+    const int64_t count = Panels(layer_.P, L, 4).count, member = task_.team.member, members = task_.team.members;
+    const int64_t first = count * member / members, last = count * (member + 1) / members;
+    pack_projection_blocks<Blocks>(layer_, task_.direction, first, last, task_.w_hr);
+  }
+
+  // Past H, where the product of a projection reads whole blocks.
+  void clear_unprojected() {
+    for (int64_t row = 0; row < rows_.count(); ++row) {
+      Bfloat16* const m = elements(task_.cell_h) + row * in_blocks(layer_.H);
+      for (int64_t j = layer_.H; j < in_blocks(layer_.H); ++j) m[j] = Bfloat16{};
+    }
   }
 
   // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them.
@@ -107,8 +125,8 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
     BlockTerms &x = args.terms[0], &h = args.terms[1];
     const Bfloat16* const x_rows = one_sum_ ? x_of_step(t, n, &x.a_row) : nullptr;
     if (one_sum_) x.blocks = in_blocks(layer_.I) / kBlockTerms;
-    h.blocks = in_blocks(layer_.H) / kBlockTerms;
-    h.a_row = in_blocks(layer_.H);
+    h.blocks = in_blocks(r_) / kBlockTerms;
+    h.a_row = in_blocks(r_);
     args.room = static_cast<int>(n < kBlockRows ? n : kBlockRows);
     const int64_t most = n <= kBlockRows ? kBufferRows / kBlockRows : 1, panels = last_panel_ - first_panel_;
     const int64_t groups = (panels + most - 1) / most;
@@ -131,11 +149,41 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
               weights(x, task_.w_ih, layer_.I, p, follows, row, n);
             }
             h.a = elements(task_.masked_h[which]) + row * h.a_row;
-            weights(h, task_.w_hh, layer_.H, p, follows, row, n);
+            weights(h, task_.w_hh, r_, p, follows, row, n);
             blocks_.multiply(args, static_cast<int>(units_.width(p)) * G);
           }
         }
         activate(t, begin, static_cast<int>(stop - begin), block, static_cast<int>(blocks), at, which);
+      }
+    }
+    if constexpr (Cell::kProjects) {
+      if (layer_.P) project_h(t, n, which);
+    }
+  }
+
+  // h = W_hr * (o * tanh(c)), which is rounded
+  void project_h(int64_t t, int64_t n, int which) {
+    const Panels panels(layer_.P, L, 4);
+    const Bfloat16* const w_hr = elements(task_.w_hr);
+    const int64_t row_size = in_blocks(layer_.H);
+    BlockArgs args{};
+    BlockTerms& m = args.terms[0];
+    m.blocks = row_size / kBlockTerms;
+    m.a_row = row_size;
+    args.init = zeros_;
+    args.out = buffer_;
+    args.room = static_cast<int>(n < kBlockRows ? n : kBlockRows);
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int nv = static_cast<int>(panels.width(p));
+      const bool more = p + 1 < panels.count;
+      args.out_row = nv * L;
+      m.w = w_hr + panels.first(p) * L * row_size;
+      for (int64_t row = 0; row < n; row += kRowsAtOnce) {
+        args.rows = static_cast<int>(n - row < kRowsAtOnce ? n - row : kRowsAtOnce);
+        m.a = elements(task_.cell_h) + row * row_size;
+        fetch_ahead(m, nv, more ? w_hr + panels.first(p + 1) * L * row_size : nullptr, row, n);
+        blocks_.multiply(args, nv);
+        this->take_projected(t, row, row + args.rows, panels.first(p) * L, nv, which);
       }
     }
   }
@@ -161,6 +209,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
 
   const bool one_sum_;  // input and recurrent gates are summed together, step by step
   Blocks blocks_;
+  alignas(64) float zeros_[4 * kBlockLanes] = {};
 };
 
 template <class Cell, class V, class Blocks>

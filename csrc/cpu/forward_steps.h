@@ -239,6 +239,34 @@ class ForwardSteps {
     }
   }
 
+  // What W_hr multiplies, as wide as the lanes are.
+  inline __attribute__((always_inline)) void store_unprojected(V m, int64_t row, int64_t unit) const {
+    if constexpr (Elements::kRounds) {
+      Elements::store(m, elements(task_.cell_h) + row * in_blocks(layer_.H) + unit, L);
+    } else {
+      m.store(out(task_.cell_h) + row * c_row_ + unit);
+    }
+  }
+
+  // h of rows [first, end) after a projection, units from `unit` on: nv vectors of each row wait in buffer_.
+  void take_projected(int64_t t, int64_t first, int64_t end, int64_t unit, int nv, int which) {
+    for (int64_t row = first; row < end; ++row) {
+      Element* y = elements(layer_.y) + rows_.index(t, row) * y_row_ + task_.direction * r_;
+      for (int v = 0; v < nv; ++v) {
+        const int64_t left = r_ - (unit + v * L), at = unit + v * L;
+        const int lanes = left < L ? static_cast<int>(left) : L;
+        V h = V::load(buffer_ + ((row - first) * nv + v) * L);
+        if (layer_.zoneout_h.data) {
+          const V before = V::load(in(task_.h[which]) + row * h_row_ + at);
+          h = blend(layer_.zoneout_h, t, row, task_.direction * r_ + at, lanes, before, h);
+        }
+        h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
+        Elements::store(h, y + at, lanes);
+        if (Elements::kRounds || direction_.h_mask) store_operand(h, row, at, lanes, which ^ 1);
+      }
+    }
+  }
+
   template <int K, bool kNoisy>
   inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
     using W = Group<V, K>;
@@ -270,7 +298,7 @@ class ForwardSteps {
         }
       }
       if (layer_.P) {
-        h.store(out(task_.cell_h) + piece.row * c_row_ + piece.unit);
+        store_unprojected(h, piece.row, piece.unit);
       } else {
         h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
         Elements::store(h, elements(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);

@@ -15,7 +15,7 @@ class BlockGradients : public WeightGradients<BlockGradients<Cell, V, Blocks>, C
   using Weights = WeightGradients<BlockGradients<Cell, V, Blocks>, Cell, V, Blocks, kBlockSumRows>;
   friend Weights;
   using typename Weights::Operand;
-  using Weights::d_row_, Weights::elements, Weights::join, Weights::layer_, Weights::share;
+  using Weights::d_row_, Weights::elements, Weights::join, Weights::layer_, Weights::mask_rows_, Weights::share;
   using Weights::G, Weights::L, Weights::task_;
   static constexpr int64_t kRowBytes = 256 * 1024;                   // of gate gradients that all panels pass over
   static constexpr int64_t kStripRow = kBlockSumRows + kBlockTerms;  // not a power of two: one set of the cache
@@ -92,6 +92,25 @@ class BlockGradients : public WeightGradients<BlockGradients<Cell, V, Blocks>, C
                                                   int64_t last) const {
     pack_column_blocks<Blocks>(row, rows, operand.panels, first, last,
                                operand.packed + operand.panels.first(first) * L * in_blocks(rows));
+  }
+
+  // This thread's share of the packed h becomes what W_hh multiplied: h times the mask of its sequence, rounded.
+  void mask_panels(const Operand& h, int64_t rows) const {
+    const Panels& panels = h.panels;
+    for (int64_t p = share(panels.count, task_.team.member); p < share(panels.count, task_.team.member + 1); ++p) {
+      const int64_t width = panels.width(p);
+      Bfloat16* const packed = h.packed + panels.first(p) * L * in_blocks(rows);
+      for (int64_t k = 0; k < rows; k += 2) {
+        Bfloat16* pairs = packed + k / kBlockTerms * width * kBlock + k % kBlockTerms * kBlockLanes;
+        for (int64_t block = 0; block < width; ++block, pairs += kBlock) {
+          const int64_t unit = (panels.first(p) + block) * L;
+          const int lanes = panels.n - unit < L ? static_cast<int>(panels.n - unit) : L;
+          const V even = load_lanes<V>(mask_rows_[k] + unit, lanes);
+          const V odd = k + 1 < rows ? load_lanes<V>(mask_rows_[k + 1] + unit, lanes) : V::zero();
+          Blocks::scale_pairs(even, odd, pairs);
+        }
+      }
+    }
   }
 
   void strip(const Bfloat16* a, int64_t a_row, int64_t rows, int64_t columns) const {

@@ -87,8 +87,8 @@ void with_scratch(size_t bytes, Run run) {
 }
 
 // Whether the kernels take this layer with products in bfloat16, else converted to float.
-bool rounds(const LayerArguments& a, const Sizes& s) {
-  return a.own == nullptr && a.x->scalar_type() == at::kBFloat16 && s.P == 0 && multiplies_bfloat16();
+bool rounds(const LayerArguments& a) {
+  return a.own == nullptr && a.x->scalar_type() == at::kBFloat16 && multiplies_bfloat16();
 }
 
 // The tensors of one call as the kernels read them: element type float or double, row-major; with products in bfloat16
@@ -155,7 +155,7 @@ class Operands {
         direction.w_hh = dense(w.w_hh, element_);
         direction.b_ih = dense(w.b_ih);
         direction.b_hh = dense(w.b_hh);
-        direction.w_hr = dense(w.w_hr);
+        direction.w_hr = dense(w.w_hr, element_);
       }
       direction.parameters = dense(w.parameters);
       direction.h0 = slice(h0, d, s.B * s.R * element_bytes());
@@ -308,7 +308,7 @@ void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Opera
 }  // namespace
 
 LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, LayerResults given) {
-  Operands operands(a.x->scalar_type(), rounds(a, s));
+  Operands operands(a.x->scalar_type(), rounds(a));
   const at::ScalarType type = operands.type();
   const bool two_states = states_per_unit(a) == 2;
   const int64_t saved = saved_per_unit(a) * padded(s.H);
@@ -364,7 +364,7 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
 }
 
 PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeights* like) {
-  Operands operands(a.x->scalar_type(), rounds(a, s));
+  Operands operands(a.x->scalar_type(), rounds(a));
   const LayerForward layer = operands.layer(a, s);
   PackedLayer packed{};
   const size_t bytes = packed_bytes(layer, like) + kAlignment;
@@ -379,7 +379,7 @@ PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeig
 
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type(), rounds(a, s) && a.h_mask == nullptr);
+  Operands operands(a.x->scalar_type(), rounds(a));
   const bool runs = s.B > 0 && (s.lengths == nullptr ||
                                 std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};

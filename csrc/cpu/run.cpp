@@ -132,7 +132,8 @@ PackedWeights room_for_weights(const LayerForward& layer, const PartProducts* pa
   room.w_hh = layer.is_bfloat16 ? scratch.rounded(gates * in_blocks(R)) : scratch.take(gates * R);
   room.b_ih = scratch.take(gates);
   room.b_hh = scratch.take(gates);
-  room.w_hr = scratch.take(layer.P ? padded(R) * layer.H : 0);
+  const int64_t projection = layer.P ? padded(R) : 0;
+  room.w_hr = layer.is_bfloat16 ? scratch.rounded(projection * in_blocks(layer.H)) : scratch.take(projection * layer.H);
   return room;
 }
 
@@ -181,7 +182,9 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       task.x_rows =
           layer.is_bfloat16 ? scratch.rounded((chunk + 15) * in_blocks(layer.I)) : scratch.take(chunk * layer.I);
       task.x_parts = plan.input_parts ? scratch.rounded((chunk + 31) * part_row(layer.I)) : nullptr;
-      task.cell_h = scratch.take(layer.P ? rows * Hp : 0);
+      const int64_t projected = layer.P ? rows : 0;
+      task.cell_h =
+          layer.is_bfloat16 ? scratch.rounded((projected + 15) * in_blocks(layer.H)) : scratch.take(projected * Hp);
       if (tasks) tasks[d][member] = task;
     }
   }
@@ -196,6 +199,8 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   const bool rounded = forward.is_bfloat16;
   const int64_t d_gates = rounded ? (forward.N + 31 * plan.members) * gate_gradients_row(stored, forward.H)
                                   : forward.N * stored * forward.H + kOverread;
+  const int64_t d_h =
+      rounded ? (forward.N + 31 * plan.members) * in_blocks(forward.P) : forward.N * forward.P + kOverread;
   const auto operand = [&](int64_t n) { return rounded ? scratch.rounded(n) : scratch.take(n); };
   GradientTask gradient{};
   gradient.layer = &layer;
@@ -213,10 +218,10 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     shared.team = Team{0, plan.members, plan.split_units, deals(forward, plan.members), barrier(scratch)};
     shared.first_row = gradient.first_row;
     shared.w_hh = operand(Rp * (rounded ? in_blocks(gates) : gates));
-    shared.w_hr = scratch.take(forward.P ? Hp * forward.P : 0);
+    shared.w_hr = operand(forward.P ? Hp * (rounded ? in_blocks(forward.P) : forward.P) : 0);
     shared.d_gates = direction.d_gates ? direction.d_gates : operand(d_gates);
-    shared.d_h = direction.d_h ? direction.d_h : scratch.take(forward.P ? forward.N * forward.P + kOverread : 0);
-    void* cell_h = scratch.take(project_gradient ? forward.N * forward.H : 0);
+    shared.d_h = direction.d_h ? direction.d_h : operand(forward.P ? d_h : 0);
+    void* cell_h = operand(project_gradient ? forward.N * forward.H : 0);
     shared.cell_h = project_gradient ? cell_h : nullptr;
     gradient.d_gates[d] = shared.d_gates;
     gradient.d_h[d] = shared.d_h;

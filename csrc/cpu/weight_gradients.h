@@ -81,9 +81,7 @@ class WeightGradients {
       };
       pack(x, layer_.I, [&](int64_t k) { return x_rows_[k]; });
       pack(h, r_, [&](int64_t k) { return h_rows_[k]; });
-      if constexpr (!Elements::kRounds) {
-        if (h.d_w && layer_.direction[d].h_mask) products.mask_panels(h, rows);
-      }
+      if (h.d_w && layer_.direction[d].h_mask) products.mask_panels(h, rows);
       if (layer_.P) pack(m, layer_.H, [&](int64_t k) { return elements(task_.cell_h[d]) + (n0 + k) * layer_.H; });
       join();
       for (int s = 0, wide; gates && s < Cell::kStored; s += wide) {
@@ -102,7 +100,8 @@ class WeightGradients {
                 out(backward.d_parameters), nullptr);
       }
       if (layer_.P && m.d_w) {
-        columns(elements(task_.d_h[d]) + n0 * r_, r_, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);
+        const int64_t d_h_row = Elements::kRounds ? in_blocks(r_) : r_;
+        columns(elements(task_.d_h[d]) + n0 * d_h_row, d_h_row, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);
       }
     }
   }

@@ -64,6 +64,16 @@ struct BlocksAvx512 {
     _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
+  static void scale_pairs(RoundedLanes even, RoundedLanes odd, Bfloat16* pairs) {
+    const __m512i both = _mm512_loadu_si512(pairs);
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m512 low = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), even.v);
+    const __m512 high = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), odd.v);
+    const __m512i rounded_low = _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(low)));
+    const __m512i rounded_high = _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(high)));
+    _mm512_storeu_si512(pairs, _mm512_or_si512(rounded_low, _mm512_slli_epi32(rounded_high, 16)));
+  }
+
   // Pairs move as floats: shuffles leave every bit alone.
   static void transpose(const Bfloat16* from, int64_t from_row, Bfloat16* to) {
     unroll<4>([&](auto quarter) __attribute__((always_inline)) {
