@@ -52,7 +52,7 @@ ISA_FLAGS = {
 }  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
 # The only files that see torch.
 TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "module", "cpu/layer", "derivative", "own_cell", "prepacked")]
-TORCH_SOURCES += [f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")]
+TORCH_SOURCES += [f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell", "direct")]
 CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("device.cpp", "layer.cpp", "sweep.cpp", "kernels.cu")]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"

@@ -19,7 +19,10 @@ namespace fastrnn {
 // Names of attributes, interned once.
 struct Names {
   PyObject *parameters, *all_weights, *flat_weights, *input_size, *hidden_size, *num_layers, *bias, *batch_first,
-      *dropout, *bidirectional, *proj_size, *mode, *training, *nonlinearity, *prepacked, *current_level;
+      *dropout, *bidirectional, *proj_size, *mode, *training, *nonlinearity, *prepacked, *current_level, *compiled_call,
+      *call_impl, *call, *call_by_torch, *forward, *recompute;
+  PyObject *hooks[4], *noise[3];  // a module's own
+  PyObject* arguments[5];         // of forward
   PyObject* cell_weights[4];
   PyObject* forward_ad;  // the __dict__ of torch.autograd.forward_ad
 
@@ -85,12 +88,33 @@ class Attributes {
 bool ordinary_state();
 
 // The tensors of one call. All must be ordinary dense tensors of the CPU, of one dtype, without lazy bits.
+//
+// A call of a few microseconds borrows them from their Python objects and keeps Python's lock, which nobody waits for
+// longer than that: to hold a tensor of torch 2.13 asks for the lock, and together with giving it back and taking it
+// this is .2 us. Any other call owns them: another thread may replace a weight while the kernels run.
 class Tensors {
  public:
   bool usual = true;
   bool requires_grad = false;
 
-  explicit Tensors(size_t most) { held_.reserve(most); }
+  // What was added before and the rest: owned, `most` of them in all, if the call takes so many multiply-adds or more,
+  // or may record a gradient. Returns the first, which is the only one so far.
+  const Tensor* own_unless_short(double multiply_adds, size_t most) {
+    constexpr double kShort = 1 << 19;  // 5 us
+    owns_ = multiply_adds >= kShort || at::GradMode::is_enabled();
+    if (!owns_) return first_;
+    held_.reserve(most);
+    held_.push_back(*first_);
+    return first_ = &held_.back();
+  }
+  bool owns() const { return owns_; }
+
+  // A tensor that need not be like the others, owned as they are; its address stays.
+  const Tensor* hold(const Tensor& tensor) {
+    if (!owns_) return &tensor;
+    held_.push_back(tensor);
+    return &held_.back();
+  }
 
   // The tensor in a Python object; its address stays.
   const Tensor* add(PyObject* object) {
@@ -99,17 +123,34 @@ class Tensors {
       return nullptr;
     }
     const Tensor& tensor = THPVariable_Unpack(object);
-    if (!is_plain(tensor) || (!held_.empty() && tensor.dtype() != held_[0].dtype())) {
+    if (!is_plain(tensor) || (first_ != nullptr && tensor.dtype() != first_->dtype())) {
       usual = false;
       return nullptr;
     }
     requires_grad |= tensor.requires_grad();
-    held_.push_back(tensor);
-    return &held_.back();
+    const Tensor* const found = hold(tensor);
+    if (first_ == nullptr) first_ = found;
+    return found;
   }
 
  private:
-  c10::SmallVector<Tensor, 12> held_;  // owners: another thread may replace a weight while the kernels run
+  bool owns_ = false;
+  const Tensor* first_ = nullptr;
+  c10::SmallVector<Tensor, 12> held_;
+};
+
+// Python's lock is given back while this lives, if the call owns its tensors.
+class Unlocked {
+ public:
+  explicit Unlocked(const Tensors& tensors) : state_(tensors.owns() ? PyEval_SaveThread() : nullptr) {}
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+  ~Unlocked() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
 };
 
 // Memory of the CPU, without torch's dispatcher; zeros() fills it.
@@ -130,9 +171,15 @@ bool states_of(PyObject* hx, Cell cell, Tensors& tensors, const Tensor* (&states
 // Raises if a call that needs a gradient is made inside `with fastrnn.prepacked(module):`.
 void refuse_gradient(const Prepacked* prepacked, bool recorded);
 
-// layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state) and cell_call(own, gates, input, hx): own
-// is the module's __dict__.
+// The forward of a module, of a cell; own is its __dict__, extras are lengths, reset and reset_state. None if it is not
+// an ordinary call.
+PyObject* layer(PyObject* own, int64_t gates, bool recompute, PyObject* input, PyObject* hx, PyObject* const* extras);
+PyObject* cell(PyObject* own, int64_t gates, PyObject* input, PyObject* hx);
+
+// As Python calls them: see the table in module_call.cpp.
 PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* direct_call(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* watch_calls(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace fastrnn

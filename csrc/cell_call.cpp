@@ -17,15 +17,11 @@ LayerResults run_step(LayerArguments a, const Tensor& x, const Tensor* (&hx)[2],
     return alias(tensor, {1, B, width}, {down, down, along});
   };
   const Tensor steps = one(x, I);
+  a.x = &steps;
+  a.from_zero = hx[0] == nullptr;
   Tensor h0, c0;
-  if (hx[0] == nullptr) {
-    h0 = c0 = zeros({1, B, H}, x.scalar_type());
-  } else {
-    h0 = one(*hx[0], H);
-    if (hx[1] != nullptr) c0 = one(*hx[1], H);
-  }
-  a.x = &steps, a.h0 = &h0;
-  if (a.cell == Cell::lstm) a.c0 = &c0;
+  if (hx[0] != nullptr) a.h0 = &(h0 = one(*hx[0], H));
+  if (hx[1] != nullptr) a.c0 = &(c0 = one(*hx[1], H));
   const Event event(a);
   LayerResults r = cpu::layer_forward(a, checks::Checker(a).layer(), false);
   for (Tensor* state : {&r.h_n, &r.c_n}) {
@@ -64,15 +60,10 @@ LayerResults record_step(LayerArguments a, const Tensor& input, const Tensor* (&
 
 }  // namespace
 
-PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
-                   "cell_call: expected (own, gates, input, hx)");
-  PyObject *const input = arguments[2], *const hx = arguments[3];
+PyObject* cell(PyObject* own, int64_t gates, PyObject* input, PyObject* hx) {
   if (!ordinary_state()) Py_RETURN_NONE;
-  Attributes module(arguments[0]);
+  Attributes module(own);
   if (!module.usual) Py_RETURN_NONE;
-  const int64_t gates = PyLong_AsLong(arguments[1]);
   LayerArguments a{};
   a.cell = gates == 4 ? Cell::lstm : gates == 3 ? Cell::gru : Cell::rnn_tanh;
   a.name = gates == 4 ? "lstm_layer" : gates == 3 ? "gru_layer" : "rnn_layer";
@@ -88,13 +79,16 @@ PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const int64_t I = module.size(names().input_size), H = module.size(names().hidden_size);
   if (!module.usual || I < 1 || H < 1) Py_RETURN_NONE;
 
-  Tensors tensors(7);
-  const Tensor* const x = tensors.add(input);
-  const Tensor* states[2] = {};
-  if (x == nullptr || (hx != Py_None && !states_of(hx, a.cell, tensors, states))) Py_RETURN_NONE;
-  if ((x->dim() != 1 && x->dim() != 2) || x->size(-1) != I) Py_RETURN_NONE;
+  Tensors tensors;
+  const Tensor* x = tensors.add(input);
+  if (x == nullptr || (x->dim() != 1 && x->dim() != 2) || x->size(-1) != I) Py_RETURN_NONE;
   const bool unbatched = x->dim() == 1;
   const int64_t B = unbatched ? 1 : x->size(0);
+  const double width = static_cast<double>(H);
+  const double step = static_cast<double>(gates) * width * (static_cast<double>(I) + width);
+  x = tensors.own_unless_short(step * static_cast<double>(B), 7);
+  const Tensor* states[2] = {};
+  if (hx != Py_None && !states_of(hx, a.cell, tensors, states)) Py_RETURN_NONE;
   for (const Tensor* state : states) {
     if (state == nullptr) continue;
     if (!(unbatched ? state->sizes().equals({H}) : state->sizes().equals({B, H}))) Py_RETURN_NONE;
@@ -119,10 +113,17 @@ PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
   LayerResults results;
   {
-    const pybind11::gil_scoped_release free;
+    const Unlocked unlocked(tensors);
     results = recorded ? record_step(a, *x, states, B, H) : run_step(a, *x, states, B, I, H);
   }
   return wrapped(std::move(results.h_n), std::move(results.c_n), a.cell == Cell::lstm);
+}
+
+PyObject* cell_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
+                   "cell_call: expected (own, gates, input, hx)");
+  return cell(arguments[0], PyLong_AsLong(arguments[1]), arguments[2], arguments[3]);
   END_HANDLE_TH_ERRORS
 }
 

@@ -90,8 +90,10 @@ class Checker {
       fail("the layer is too large: N = ", s.N, ", I = ", s.I, ", H = ", s.H, ", R = ", s.R);
     }
 
-    operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
-    if (states_per_unit(a) == 2) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
+    if (!a.from_zero) {
+      operand("h0", a.h0, "[D, B, R]", {s.D, s.B, s.R});
+      if (states_per_unit(a) == 2) operand("c0", a.c0, "[D, B, H]", {s.D, s.B, s.H});
+    }
     weights(s);
     if (a.lengths != nullptr) lengths(s);
     resets(s);

@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "cpu/flags.h"
 #include "event.h"
 
 namespace fastrnn {
@@ -47,20 +48,25 @@ std::optional<Stack> stack_of(Attributes& module, int64_t gates) {
   return s;
 }
 
-// The weights of one layer and direction, from the list of their names; false if one is missing or unusual.
-bool weights_of(Attributes& module, const Stack& s, PyObject* row_names, size_t row, const Prepacked* prepacked,
-                Tensors& tensors, Weights& weights) {
+// The weights of one layer and direction, from the list of their names; false if one is missing or unusual. torch.nn's
+// own list of them, `flat`, must hold the same: where it does not, a program has replaced some in one of the two
+// places, and stack.py knows which counts.
+bool weights_of(Attributes& module, const Stack& s, PyObject* row_names, PyObject* flat, size_t row,
+                const Prepacked* prepacked, Tensors& tensors, Weights& weights) {
   if (!PyList_CheckExact(row_names) || PyList_GET_SIZE(row_names) != 2 + 2 * s.bias + (s.P != 0)) return false;
   const Tensor** const slots[] = {&weights.w_ih, &weights.w_hh, &weights.b_ih, &weights.b_hh, &weights.w_hr};
   static const Tensor none;
+  const Py_ssize_t count = PyList_GET_SIZE(row_names), in_flat = static_cast<Py_ssize_t>(row) * count;
+  if (PyList_GET_SIZE(flat) < in_flat + count) return false;
   Py_ssize_t next = 0;
   for (size_t slot = 0; slot < 5; ++slot) {
     if ((slot >= 2 && slot < 4 && !s.bias) || (slot == 4 && s.P == 0)) {
       if (prepacked != nullptr) prepacked->expect(row, slot, none);
       continue;
     }
-    PyObject* const found = module.weight(PyList_GET_ITEM(row_names, next++));
-    if (found == nullptr) return false;
+    PyObject* const found = module.weight(PyList_GET_ITEM(row_names, next));
+    if (found == nullptr || found != PyList_GET_ITEM(flat, in_flat + next)) return false;
+    ++next;
     const Tensor* const tensor = tensors.add(found);
     if (tensor == nullptr) return false;
     if (prepacked != nullptr) prepacked->expect(row, slot, *tensor);
@@ -70,30 +76,63 @@ bool weights_of(Attributes& module, const Stack& s, PyObject* row_names, size_t 
   return true;
 }
 
-// What a call has beside input and states. Undefined, null: not given.
+// What a call has beside input and states. Null: not given, or without effect.
 struct Extras {
-  Tensor lengths;                // [B]
-  Tensor reset;                  // [T, B], [B, T] with batch_first, [T] without a batch
+  const Tensor* lengths;         // [B]
+  const Tensor* reset;           // [T, B], [B, T] with batch_first, [T] without a batch
   const Tensor* reset_state[2];  // as hx, or [L*D, 1, ...]
 };
 
 // A tensor of the type in a Python object, which may be None; false if it is something else.
-bool dense_of(PyObject* object, at::ScalarType type, Tensor& found) {
+bool dense_of(PyObject* object, at::ScalarType type, const Tensor*& found) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
-  found = THPVariable_Unpack(object);
-  return found.scalar_type() == type && is_dense(found);
+  found = &THPVariable_Unpack(object);
+  return found->scalar_type() == type && is_dense(*found);
+}
+
+// The elements of a tensor that has them one behind the other, else null.
+template <class Element>
+const Element* elements_of(const Tensor& tensor) {
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  if (!impl.is_contiguous() || !impl.has_storage()) return nullptr;
+  const c10::Storage& storage = impl.unsafe_storage();
+  const auto end = static_cast<size_t>(impl.storage_offset() + impl.numel()) * sizeof(Element);
+  if (storage.data() == nullptr || end > storage.nbytes()) return nullptr;
+  return static_cast<const Element*>(storage.data()) + impl.storage_offset();
+}
+
+// Whether every sequence takes all T steps, whether no state is replaced: then the call is one without lengths or
+// resets, and nothing is done for them. False where it takes more to find out: the kernels ask again.
+bool all_whole(const Tensor& lengths, int64_t T) {
+  const auto* const values = elements_of<int64_t>(lengths);
+  const int64_t count = lengths.numel();
+  for (int64_t b = 0; b < count; ++b) {
+    if (values == nullptr || values[b] != T) return false;
+  }
+  return true;
+}
+
+bool all_clear(const Tensor& reset) {
+  const auto* const flags = elements_of<uint8_t>(reset);
+  return flags != nullptr && !any_set(flags, reset.numel());
 }
 
 // Extras as modules take them, their shapes checked; false if one is unusual or wrong.
 bool extras_of(PyObject* const* given, const Stack& s, const Tensor& x, int64_t T, int64_t B, Tensors& tensors,
                Extras& extras) {
   const bool unbatched = x.dim() == 2;
-  if (!dense_of(given[0], at::kLong, extras.lengths) || !dense_of(given[1], at::kBool, extras.reset)) return false;
-  if (extras.lengths.defined() && (unbatched || !extras.lengths.sizes().equals({B}))) return false;
-  if (!extras.reset.defined()) return given[2] == Py_None;
-  const IntArrayRef flags = extras.reset.sizes();
+  const Tensor *lengths = nullptr, *reset = nullptr;
+  if (!dense_of(given[0], at::kLong, lengths) || !dense_of(given[1], at::kBool, reset)) return false;
+  if (lengths != nullptr) {
+    if (unbatched || !lengths->sizes().equals({B})) return false;
+    if (!all_whole(*lengths, T)) extras.lengths = tensors.hold(*lengths);
+  }
+  if (reset == nullptr) return given[2] == Py_None;
+  const IntArrayRef flags = reset->sizes();
   if (!(unbatched ? flags.equals({T}) : s.batch_first ? flags.equals({B, T}) : flags.equals({T, B}))) return false;
+  if (given[2] == Py_None && all_clear(*reset)) return true;
+  extras.reset = tensors.hold(*reset);
   if (given[2] == Py_None) return true;
   if (!states_of(given[2], s.cell, tensors, extras.reset_state)) return false;
   const int64_t widths[2] = {s.R, s.H};
@@ -114,22 +153,18 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
                         const Tensor* (&hx)[2], const Extras& extras, int64_t B) {
   const auto type = x.scalar_type();
   const bool lstm = s.cell == Cell::lstm;
-  Tensor reset = extras.reset;
-  if (reset.defined() && (s.batch_first || reset.dim() == 1)) {
-    const IntArrayRef strides = extras.reset.strides();
+  const Tensor* reset = extras.reset;
+  Tensor turned;
+  if (reset != nullptr && (s.batch_first || reset->dim() == 1)) {
+    const IntArrayRef strides = reset->strides();
     const bool unbatched = strides.size() == 1;
-    reset = alias(extras.reset, {x.size(0), B}, {strides[unbatched ? 0 : 1], strides[0]});
+    turned = alias(*reset, {x.size(0), B}, {strides[unbatched ? 0 : 1], strides[0]});
+    reset = &turned;
   }
   LayerResults all;
-  all.y = x;
   if (s.L > 1) {
     all.h_n = empty({s.L * s.D, B, s.R}, type);
     if (lstm) all.c_n = empty({s.L * s.D, B, s.H}, type);
-  }
-  Tensor zero_h, zero_c;
-  if (hx[0] == nullptr) {
-    zero_h = zeros({s.D, B, s.R}, type);
-    if (lstm) zero_c = s.R == s.H ? zero_h : zeros({s.D, B, s.H}, type);
   }
   for (int64_t l = 0; l < s.L; ++l) {
     const auto slice = [&](const Tensor& states, int64_t width) {
@@ -139,14 +174,14 @@ LayerResults run_layers(const Stack& s, const c10::SmallVectorImpl<LayerArgument
       return alias(states, {s.D, B, width}, {strides[0], along, states.stride(-1)}, l * s.D * strides[0]);
     };
     LayerArguments a = layers[static_cast<size_t>(l)];
-    const Tensor below = all.y;
-    const Tensor h0 = hx[0] == nullptr ? zero_h : slice(*hx[0], s.R);
-    const Tensor c0 = !lstm ? Tensor() : hx[0] == nullptr ? zero_c : slice(*hx[1], s.H);
-    a.x = &below, a.h0 = &h0;
-    if (lstm) a.c0 = &c0;
-    Tensor reset_h, reset_c;
-    if (extras.lengths.defined()) a.lengths = &extras.lengths;
-    if (reset.defined()) a.reset = &reset;
+    const Tensor below = std::move(all.y);
+    a.x = l == 0 ? &x : &below;
+    a.from_zero = hx[0] == nullptr;
+    Tensor h0, c0, reset_h, reset_c;
+    if (hx[0] != nullptr) a.h0 = &(h0 = slice(*hx[0], s.R));
+    if (hx[1] != nullptr) a.c0 = &(c0 = slice(*hx[1], s.H));
+    a.lengths = extras.lengths;
+    a.reset = reset;
     if (extras.reset_state[0] != nullptr) a.reset_h = &(reset_h = slice(*extras.reset_state[0], s.R));
     if (extras.reset_state[1] != nullptr) a.reset_c = &(reset_c = slice(*extras.reset_state[1], s.H));
     LayerResults given;
@@ -179,9 +214,9 @@ LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input,
   a.x = &x, a.h0 = &h0;
   if (lstm) a.c0 = &c0;
   Tensor reset, reset_h, reset_c;
-  if (extras.lengths.defined()) a.lengths = &extras.lengths;
-  if (extras.reset.defined()) {
-    reset = unbatched ? extras.reset.unsqueeze(1) : s.batch_first ? extras.reset.transpose(0, 1) : extras.reset;
+  a.lengths = extras.lengths;
+  if (extras.reset != nullptr) {
+    reset = unbatched ? extras.reset->unsqueeze(1) : s.batch_first ? extras.reset->transpose(0, 1) : *extras.reset;
     a.reset = &reset;
   }
   const auto rows = [&](const Tensor& state, int64_t width) {
@@ -203,50 +238,35 @@ LayerResults record_layer(const Stack& s, LayerArguments a, const Tensor& input,
   return r;
 }
 
-// Whether torch.nn's own list `_flat_weights` holds the weights that have the names; where it does not, a program has
-// replaced some in one of the two places, and stack.py knows which counts.
-bool list_agrees(Attributes& module, PyObject* rows) {
-  PyObject* const flat = module.object(names().flat_weights);
-  if (flat == nullptr || !PyList_CheckExact(flat)) return false;
-  Py_ssize_t position = 0;
-  for (Py_ssize_t row = 0; row < PyList_GET_SIZE(rows); ++row) {
-    PyObject* const own = PyList_GET_ITEM(rows, row);
-    if (!PyList_CheckExact(own)) return false;
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(own); ++k, ++position) {
-      if (position >= PyList_GET_SIZE(flat)) return false;
-      if (module.weight(PyList_GET_ITEM(own, k)) != PyList_GET_ITEM(flat, position)) return false;
-    }
-  }
-  return position == PyList_GET_SIZE(flat);
-}
-
 }  // namespace
 
-PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
-                   "layer_call: expected (own, gates, recompute, input, hx, lengths, reset, reset_state)");
-  PyObject *const input = arguments[3], *const hx = arguments[4];
+PyObject* layer(PyObject* own, int64_t gates, bool recompute, PyObject* input, PyObject* hx, PyObject* const* given) {
   if (!ordinary_state()) Py_RETURN_NONE;
-  Attributes module(arguments[0]);
+  Attributes module(own);
   if (!module.usual) Py_RETURN_NONE;
-  const std::optional<Stack> found = stack_of(module, PyLong_AsLong(arguments[1]));
+  const std::optional<Stack> found = stack_of(module, gates);
   if (!found) Py_RETURN_NONE;
   const Stack& s = *found;
   PyObject* const rows = module.object(names().all_weights);
-  if (rows == nullptr || !PyList_CheckExact(rows) || PyList_GET_SIZE(rows) != s.L * s.D || !list_agrees(module, rows)) {
-    Py_RETURN_NONE;
-  }
+  PyObject* const flat = module.object(names().flat_weights);
+  if (rows == nullptr || !PyList_CheckExact(rows) || PyList_GET_SIZE(rows) != s.L * s.D) Py_RETURN_NONE;
+  const Py_ssize_t weights = s.L * s.D * (2 + 2 * s.bias + (s.P != 0));
+  if (flat == nullptr || !PyList_CheckExact(flat) || PyList_GET_SIZE(flat) != weights) Py_RETURN_NONE;
 
-  Tensors tensors(static_cast<size_t>(5 + s.L * s.D * 5));
-  const Tensor* const x = tensors.add(input);
-  const Tensor* states[2] = {};
-  if (x == nullptr || (hx != Py_None && !states_of(hx, s.cell, tensors, states))) Py_RETURN_NONE;
+  Tensors tensors;
+  const Tensor* x = tensors.add(input);
+  if (x == nullptr) Py_RETURN_NONE;
   const bool unbatched = x->dim() == 2;
   if (!unbatched && x->dim() != 3) Py_RETURN_NONE;
   const bool swapped = s.batch_first && !unbatched;
   const int64_t T = x->size(swapped ? 1 : 0), B = unbatched ? 1 : x->size(swapped ? 0 : 1);
   if (T < 1 || x->size(-1) != s.I) Py_RETURN_NONE;
+  const double width = static_cast<double>(s.D) * static_cast<double>(s.H);
+  const double step = static_cast<double>(gates * s.L) * width * (static_cast<double>(s.I) + width);
+  x = tensors.own_unless_short(step * static_cast<double>(T) * static_cast<double>(B),
+                               static_cast<size_t>(7 + weights));
+  const Tensor* states[2] = {};
+  if (hx != Py_None && !states_of(hx, s.cell, tensors, states)) Py_RETURN_NONE;
   const int64_t widths[2] = {s.R, s.H};
   for (int k = 0; k < 2; ++k) {
     if (states[k] == nullptr) continue;
@@ -255,7 +275,7 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (!fits) Py_RETURN_NONE;
   }
   Extras extras{};
-  if (!extras_of(arguments + 5, s, *x, T, B, tensors, extras)) Py_RETURN_NONE;
+  if (!extras_of(given, s, *x, T, B, tensors, extras)) Py_RETURN_NONE;
 
   THPObjectPtr owner;
   const Prepacked* const prepacked = module.prepacked(owner);
@@ -267,7 +287,7 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     a.cell = cell;
     for (int64_t d = 0; d < s.D; ++d) {
       const int64_t row = l * s.D + d;
-      if (!weights_of(module, s, PyList_GET_ITEM(rows, row), static_cast<size_t>(row), prepacked, tensors,
+      if (!weights_of(module, s, PyList_GET_ITEM(rows, row), flat, static_cast<size_t>(row), prepacked, tensors,
                       a.weights[d])) {
         Py_RETURN_NONE;
       }
@@ -280,16 +300,16 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
   LayerResults results;
   {
-    const pybind11::gil_scoped_release free;
+    const Unlocked unlocked(tensors);
     if (recorded) {
-      results = record_layer(s, layers[0], *x, states, extras, B, unbatched, arguments[2] == Py_True);
+      results = record_layer(s, layers[0], *x, states, extras, B, unbatched, recompute);
     } else {
       const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
       const IntArrayRef strides = x->strides();
-      const Tensor major = unbatched ? alias(*x, {T, 1, s.I}, {strides[0], strides[0], strides[1]})
-                           : swapped ? alias(*x, {T, B, s.I}, {strides[1], strides[0], strides[2]})
-                                     : *x;
-      results = run_layers(s, layers, major, states, extras, B);
+      Tensor major;  // x as [T, B, I]; x itself is not copied, which would count its Python object
+      if (unbatched) major = alias(*x, {T, 1, s.I}, {strides[0], strides[0], strides[1]});
+      if (swapped) major = alias(*x, {T, B, s.I}, {strides[1], strides[0], strides[2]});
+      results = run_layers(s, layers, unbatched || swapped ? major : *x, states, extras, B);
       const int64_t width = s.D * s.R;
       if (unbatched) {
         set_sizes(results.y, {T, width});
@@ -305,6 +325,14 @@ PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   THPObjectPtr y(THPVariable_Wrap(std::move(results.y)));
   if (!y) throw python_error();
   return PyTuple_Pack(2, y.get(), final.get());
+}
+
+PyObject* layer_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 8 && PyDict_Check(arguments[0]) && PyLong_Check(arguments[1]),
+                   "layer_call: expected (own, gates, recompute, input, hx, lengths, reset, reset_state)");
+  return layer(arguments[0], PyLong_AsLong(arguments[1]), arguments[2] == Py_True, arguments[3], arguments[4],
+               arguments + 5);
   END_HANDLE_TH_ERRORS
 }
 

@@ -25,6 +25,14 @@ Names::Names() {
   batch_first = name("batch_first"), dropout = name("dropout"), bidirectional = name("bidirectional");
   proj_size = name("proj_size"), mode = name("mode"), training = name("training");
   nonlinearity = name("nonlinearity"), prepacked = name("_prepacked"), current_level = name("_current_level");
+  compiled_call = name("_compiled_call_impl"), call_impl = name("_call_impl");
+  call = name("__call__"), call_by_torch = name("_call_by_torch");
+  forward = name("forward"), recompute = name("recompute");
+  hooks[0] = name("_forward_hooks"), hooks[1] = name("_forward_pre_hooks");
+  hooks[2] = name("_backward_hooks"), hooks[3] = name("_backward_pre_hooks");
+  noise[0] = name("zoneout"), noise[1] = name("recurrent_dropout"), noise[2] = name("weight_dropout");
+  arguments[0] = name("input"), arguments[1] = name("hx"), arguments[2] = name("lengths");
+  arguments[3] = name("reset"), arguments[4] = name("reset_state");
   cell_weights[0] = name("weight_ih"), cell_weights[1] = name("weight_hh");
   cell_weights[2] = name("bias_ih"), cell_weights[3] = name("bias_hh");
   PyObject* const module = PyImport_ImportModule("torch.autograd.forward_ad");  // never given back
@@ -101,11 +109,19 @@ PyObject* is_ordinary(PyObject*, PyObject* given) {
   END_HANDLE_TH_ERRORS
 }
 
+PyCFunction with_arguments(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"layer_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer_call)), METH_FASTCALL,
+    {"direct_call", with_arguments(direct_call), METH_FASTCALL,
+     "direct_call(module, args, kwargs): a whole call, or None where torch.nn.Module.__call__ must take it."},
+    {"watch_calls", with_arguments(watch_calls), METH_FASTCALL,
+     "watch_calls(own_call, kind_of, *global_hooks): what direct_call asks of a class, and torch's dicts of hooks."},
+    {"layer_call", with_arguments(layer_call), METH_FASTCALL,
      "layer_call(own, gates, recompute, input, hx, lengths, reset, reset_state): a module's forward, or None if it is "
      "not an ordinary call."},
-    {"cell_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cell_call)), METH_FASTCALL,
+    {"cell_call", with_arguments(cell_call), METH_FASTCALL,
      "cell_call(own, gates, input, hx): a cell's forward, or None if the call is not an ordinary one."},
     {"is_ordinary", is_ordinary, METH_O, "Whether the kernels take all of these tensors as they are."},
     {nullptr, nullptr, 0, nullptr}};

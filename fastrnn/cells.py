@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import autograd, folding, tracing
+from .direct_calls import DirectCalls
 from .scripting import scriptable
 from .stack import States, Weights, read_weights, refuse_recording
 from .stock import HasStock
@@ -70,7 +71,7 @@ def _one_step(x: Tensor, state: Tensor) -> Tensor:
     return state[0] if x.dim() == 2 else state[0, 0]
 
 
-class LSTMCell(HasStock, nn.LSTMCell):
+class LSTMCell(HasStock, DirectCalls, nn.LSTMCell):
     """torch.nn.LSTMCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -82,6 +83,10 @@ class LSTMCell(HasStock, nn.LSTMCell):
 
     Source: see fastrnn.LSTM.
     """
+
+    @classmethod
+    def _kind(cls) -> int:
+        return -4 if cls.forward is _FORWARDS[4] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)
@@ -101,7 +106,7 @@ class LSTMCell(HasStock, nn.LSTMCell):
         return super().forward(input, hx)
 
 
-class GRUCell(HasStock, nn.GRUCell):
+class GRUCell(HasStock, DirectCalls, nn.GRUCell):
     """torch.nn.GRUCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -113,6 +118,10 @@ class GRUCell(HasStock, nn.GRUCell):
 
     Source: see fastrnn.GRU.
     """
+
+    @classmethod
+    def _kind(cls) -> int:
+        return -3 if cls.forward is _FORWARDS[3] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)
@@ -131,7 +140,7 @@ class GRUCell(HasStock, nn.GRUCell):
         return _one_step(input, h)
 
 
-class RNNCell(HasStock, nn.RNNCell):
+class RNNCell(HasStock, DirectCalls, nn.RNNCell):
     """torch.nn.RNNCell on the fused kernels: the same constructor, parameters, call and results.
 
     Args:
@@ -144,6 +153,10 @@ class RNNCell(HasStock, nn.RNNCell):
 
     Source: see fastrnn.RNN.
     """
+
+    @classmethod
+    def _kind(cls) -> int:
+        return -1 if cls.forward is _FORWARDS[1] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, folding, sequences, tracing
+from .direct_calls import DirectCalls
 from .scripting import scriptable
 from .stock import HasStock
 
@@ -57,7 +58,7 @@ def refuse_recording(module: nn.Module, tensors: Sequence[object]) -> None:
         raise RuntimeError(_RECORDING)
 
 
-class Stack(HasStock, nn.RNNBase):
+class Stack(HasStock, DirectCalls, nn.RNNBase):
     """The forward pass of a stack of layers. LSTM, GRU and RNN add their operator and the form of their states.
 
     Inside, states are always a tuple, (h, c) or (h,), and weights a list in the order of the operator's arguments.
@@ -66,6 +67,11 @@ class Stack(HasStock, nn.RNNBase):
     _weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
     _gates = 1
     recompute = False  # an attribute of the instance only where it was asked for: torch.nn's modules have none
+
+    @classmethod
+    def _kind(cls) -> int:
+        options = cls.recompute or cls.zoneout or cls.recurrent_dropout or cls.weight_dropout
+        return cls._gates if cls.forward is _FORWARD and not options else 0
 
     def _set_recompute(self, recompute: bool) -> None:
         if not isinstance(recompute, bool):
@@ -371,3 +377,6 @@ class Stack(HasStock, nn.RNNBase):
         for k, (state, expected) in enumerate(zip(states, shapes, strict=True)):
             name = "hidden" if len(states) == 1 else f"hidden[{k}]"
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
+
+
+_FORWARD: Any = Stack.forward

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed
 from apart import run_apart
+from plain_calls import replaced_call
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -126,6 +127,7 @@ def work(rank: int, folder: Path) -> None:
         return output
 
     autograd.route, autograd._C.layer_call = recorded, recorded_call
+    nn.Module._call_impl = replaced_call()
     group = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=RANKS)
     share = B // RANKS

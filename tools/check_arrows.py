@@ -23,14 +23,14 @@ TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/la
 TORCH_FILES |= {f"csrc/{name}" for name in ("module.cpp", "schemas.h", "doors.h")}
 TORCH_FILES |= {f"csrc/cuda/{name}" for name in ("layer.cpp", "device.cpp")}
 TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h", "event.h")}
-TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell")}
+TORCH_FILES |= {f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell", "direct")}
 TORCH_FILES |= {"csrc/own_cell.h", "csrc/own_cell.cpp"}
 
 # The modules of fastrnn from the ground up; those of one line do not know each other.
 LAYERS = (
     ("_C", "_build"),
     ("extension", "reference", "batching", "onnx_export", "stock", "tiers", "tracing"),
-    ("own_builds",),
+    ("direct_calls", "own_builds"),
     ("extras", "folding", "gradients"),
     ("checks",),
     ("operators",),

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "../arguments.h"
+#include "flags.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -144,8 +145,9 @@ class Operands {
       layer.reset_by_row = reset_h != nullptr;
       if (reset_h == nullptr) reset_h = reset_c = zeros(s.R > s.H ? s.R : s.H);
     }
-    const void* const h0 = dense(a.h0, element_);
-    const void* const c0 = dense(a.c0);
+    const bool zero_c = a.from_zero && states_per_unit(a) == 2;
+    const void* const h0 = a.from_zero ? zeros(s.D * s.B * s.R) : dense(a.h0, element_);
+    const void* const c0 = zero_c ? zeros(s.D * s.B * s.H) : dense(a.c0);
     for (int64_t d = 0; d < s.D; ++d) {
       const Weights& w = a.weights[d];
       DirectionForward& direction = layer.direction[d];
@@ -187,12 +189,9 @@ class Operands {
     const Tensor& reset = readable(given, at::kBool) ? given : convert(given, at::kBool);
     const auto* from = static_cast<const uint8_t*>(reset.const_data_ptr());
     const int64_t T = reset.size(0), B = reset.size(1), stride_t = reset.stride(0), stride_b = reset.stride(1);
-    uint8_t any = 0;
-    if (reset.is_contiguous()) {
-      for (int64_t n = 0; n < T * B; ++n) any |= from[n];
-      return any != 0 ? from : nullptr;
-    }
+    if (reset.is_contiguous()) return any_set(from, T * B) ? from : nullptr;
     copies_.push_back(empty({T, B}, at::kByte));  // by hand: torch takes longer to begin a copy than this to make it
+    uint8_t any = 0;
     auto* const rows = static_cast<uint8_t*>(copies_.back().mutable_data_ptr());
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t t = 0; t < T; ++t) any |= rows[t * B + b] = from[t * stride_t + b * stride_b];

@@ -3,6 +3,7 @@
 // is replaced. Rows are sorted by length, longest first, so that the rows active at a step are always the first ones.
 // Used by both sweeps.
 #pragma once
+#include "flags.h"
 #include "kernels.h"
 
 namespace fastrnn {
@@ -67,10 +68,7 @@ class Rows {
   // Whether reset() may be true for a row at time t: most steps have none, and need not ask for each.
   bool resets(int64_t t) const {
     if (!layer_.reset || (reversed_ && ++t >= layer_.T)) return false;
-    const uint8_t* flags = layer_.reset + t * layer_.step_rows;
-    uint8_t any = 0;
-    for (int64_t b = 0; b < layer_.step_rows; ++b) any |= flags[b];
-    return any != 0;
+    return any_set(layer_.reset + t * layer_.step_rows, layer_.step_rows);
   }
   // This row of what replaces a state of `width` entries.
   template <class Scalar>
