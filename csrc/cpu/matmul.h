@@ -172,11 +172,13 @@ struct Tiles {
 
 namespace {
 
-// Cuts n rows into tiles of nearly equal height, none above `most`.
+// Cuts n rows into tiles of nearly equal height, none above `most`. The higher ones come first: the first tile of a
+// panel waits for the weights, and has the more to do with each (16 rows as 6 + 5 + 5, not 5 + 5 + 6: minimal gated
+// unit of 128 units 1 % faster beside a GRU, whose tiles are of 8 rows).
 struct RowTiles {
   int64_t n, tiles;
   RowTiles(int64_t rows, int most) : n(rows), tiles((rows + most - 1) / most) {}
-  int64_t first(int64_t tile) const { return tile * n / tiles; }
+  int64_t first(int64_t tile) const { return (tile * n + tiles - 1) / tiles; }
 };
 
 }  // namespace
