@@ -68,7 +68,8 @@ def _kind_of(cls: Any) -> int:
     following = next(base for base in after if "__call__" in vars(base))
     if following is not nn.Module or nn.Module.__call__ is not _CALL or cls._call_impl is not _CALL_IMPL:
         return 0
-    return cls._kind()
+    kind: int = cls._kind()
+    return kind
 
 
 def _no_call(module: nn.Module, args: Any, kwargs: Any) -> None:
