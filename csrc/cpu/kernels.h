@@ -31,8 +31,8 @@ struct Team {
 };
 
 // One thread's part of one direction, forward. Element type of every void*: the table's; with products in bfloat16
-// w_ih, w_hh, masked_h and x_rows are bfloat16, in blocks (blocks.h): I and R there are padded to 32, the rest is
-// float.
+// w_ih, w_hh, w_hr, masked_h, cell_h and x_rows are bfloat16, in blocks (blocks.h): I, R and the terms of w_hr and
+// cell_h are padded to 32 there; the rest is float.
 struct ForwardTask {
   const LayerForward* layer;
   int direction;
@@ -56,12 +56,12 @@ struct ForwardTask {
   void* x_gates;  // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
   void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
   void* x_parts;  // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
-  void* cell_h;   // [rows, Hp], o*tanh(c) before the projection
+  void* cell_h;   // [rows, Hp], o*tanh(c) before the projection; 15 rows more to read in bfloat16
 };
 
 // One thread's part of the backward sweep over one direction: from d_y to the gradients of the gates. With products in
-// bfloat16 w_hh and d_gates are bfloat16, w_hh in blocks, and rows of d_gates gate_gradients_row() long; never with a
-// projection.
+// bfloat16 w_hh, w_hr, d_gates, d_h and cell_h are bfloat16, w_hh and w_hr in blocks, rows of d_gates
+// gate_gradients_row() long and those of d_h padded to 32.
 struct BackwardTask {
   const LayerBackward* layer;
   int direction;
@@ -71,7 +71,7 @@ struct BackwardTask {
   void* w_hh;     // [G*H, Rp] in column panels
   void* w_hr;     // [P, Hp] in column panels
   void* d_gates;  // [N, kStored*H] and kOverread elements, the result; 31 rows more of each member to read in bfloat16
-  void* d_h;      // [N, P] and kOverread elements, dL/dh at every step, with a projection
+  void* d_h;      // [N, P], likewise, dL/dh at every step, with a projection
   void* cell_h;   // [N, H], o*tanh(c) at every step, with a projection, when d_w_hr is wanted; else null
   // Shared by the team when it splits units, else the thread's own.
   void* d_state;  // [rows, Rp], what reaches h other than through w_hh

@@ -64,7 +64,7 @@ struct LayerForward {
   Cell cell;
   const OwnCell* own;  // with Cell::own, else null
   bool is_double;      // element type of every array: double, else float
-  // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16; never with a projection.
+  // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16.
   bool is_bfloat16;
   int64_t T, B, I, H, P, D, N;
   const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when all have B rows
