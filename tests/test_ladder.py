@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from plain_calls import replaced_call
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing._internal.two_tensor import TwoTensor
@@ -36,6 +37,14 @@ def left(monkeypatch):
         watch(getattr(nn, name), "forward", "torch")
     watch(fastrnn.reference, "_sweep", "reference")
     return stood
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As where fastrnn._C cannot be loaded."""
+    monkeypatch.setattr(fastrnn.autograd, "_C", None)
+    monkeypatch.setattr(fastrnn.extension, "module", None)
+    monkeypatch.setattr(nn.Module, "_call_impl", replaced_call())
 
 
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> list[object]:
@@ -211,9 +220,7 @@ def test_weights_of_an_odd_class_have_torchs_outcome(name, left):
 
 @pytest.mark.parametrize("dtype", KERNEL_TYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_without_the_extension_every_call_is_torchs(name, dtype, monkeypatch, left):
-    monkeypatch.setattr(fastrnn.autograd, "_C", None)
-    monkeypatch.setattr(fastrnn.extension, "module", None)
+def test_without_the_extension_every_call_is_torchs(name, dtype, no_extension, left):
     ours, theirs = both(name, 3, 5, dtype=dtype)
     for x in inputs(name, dtype):
         left.clear()
@@ -225,9 +232,7 @@ def test_without_the_extension_every_call_is_torchs(name, dtype, monkeypatch, le
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_without_the_extension_the_functions_work_and_derive_twice(name, monkeypatch):
-    monkeypatch.setattr(fastrnn.autograd, "_C", None)
-    monkeypatch.setattr(fastrnn.extension, "module", None)
+def test_without_the_extension_the_functions_work_and_derive_twice(name, no_extension):
     module = getattr(nn, name)(3, 5, dtype=torch.float64)
     weights = [parameter.detach().requires_grad_() for parameter in module.parameters()]
     function = getattr(fastrnn.functional, name.lower())
@@ -243,9 +248,7 @@ def test_without_the_extension_the_functions_work_and_derive_twice(name, monkeyp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_the_extension_the_ways_of_programs_work(name, monkeypatch):
-    monkeypatch.setattr(fastrnn.autograd, "_C", None)
-    monkeypatch.setattr(fastrnn.extension, "module", None)
+def test_without_the_extension_the_ways_of_programs_work(name, no_extension):
     ours, theirs = both(name, 3, 5)
     fastrnn.convert(theirs)
     for module in (theirs, copy.deepcopy(theirs), theirs.to_torch()):
