@@ -31,9 +31,9 @@ struct LayerArguments {
   Cell cell;
   const cpu::OwnCell* own;    // with Cell::own, else null
   const Tensor* x;            // [T, B, I] or [N, I]
-  const Tensor* h0;           // [D, B, R]
-  const Tensor* c0;           // [D, B, H], LSTM only
-  bool from_zero;             // h0 and c0 are null, and stand for zeros; forward without gradient alone
+  const Tensor* h0;           // [D, B, R]; null if from_zero
+  const Tensor* c0;           // [D, B, H], LSTM only; null if from_zero
+  bool from_zero;             // zeros stand for both, which are null; forward without gradient alone
   Weights weights[2];         // forward, reverse; w_ih of the second decides D
   const Tensor* lengths;      // [B], int64 on the CPU or the device of x; not with batch_sizes
   const Tensor* batch_sizes;  // [T], int64 on the CPU

@@ -97,11 +97,14 @@ class Tensors {
   bool usual = true;
   bool requires_grad = false;
 
-  // What was added before and the rest: owned, `most` of them in all, if the call takes so many multiply-adds or more,
-  // or may record a gradient. Returns the first, which is the only one so far.
-  const Tensor* own_unless_short(double multiply_adds, size_t most) {
-    constexpr double kShort = 1 << 19;  // 5 us
-    owns_ = multiply_adds >= kShort || at::GradMode::is_enabled();
+  // What was added before and the rest: owned, `most` of them in all, if the call is not short, or may record a
+  // gradient. `rows` of a step of one row each, of G*H gates from so many inputs and units. Returns the first, which is
+  // the only one so far.
+  const Tensor* own_unless_short(double rows, int64_t gates, int64_t H, int64_t inputs, size_t most) {
+    constexpr double kShort = 1 << 19;  // multiply-adds: 5 us with AVX-512
+    constexpr double kRow = 1 << 13;    // what a row of one step costs beside them, in multiply-adds
+    const double product = static_cast<double>(gates * padded(H)) * static_cast<double>(inputs + H);
+    owns_ = rows * (product + kRow) >= kShort || at::GradMode::is_enabled();
     if (!owns_) return first_;
     held_.reserve(most);
     held_.push_back(*first_);

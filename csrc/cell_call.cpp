@@ -84,9 +84,7 @@ PyObject* cell(PyObject* own, int64_t gates, PyObject* input, PyObject* hx) {
   if (x == nullptr || (x->dim() != 1 && x->dim() != 2) || x->size(-1) != I) Py_RETURN_NONE;
   const bool unbatched = x->dim() == 1;
   const int64_t B = unbatched ? 1 : x->size(0);
-  const double width = static_cast<double>(H);
-  const double step = static_cast<double>(gates) * width * (static_cast<double>(I) + width);
-  x = tensors.own_unless_short(step * static_cast<double>(B), 7);
+  x = tensors.own_unless_short(static_cast<double>(B), gates, H, I, 7);
   const Tensor* states[2] = {};
   if (hx != Py_None && !states_of(hx, a.cell, tensors, states)) Py_RETURN_NONE;
   for (const Tensor* state : states) {

@@ -35,17 +35,19 @@ int kind_of(PyTypeObject* type) {
     if (known.tag == tag) return known.kind;
   }
   if (watched.kind_of == nullptr) return 0;
+  THPObjectPtr of_class(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), names().call));  // gives it a tag
+  if (!of_class) throw python_error();
+  const unsigned int tag = type->tp_version_tag;
   THPObjectPtr answer(PyObject_CallOneArg(watched.kind_of, reinterpret_cast<PyObject*>(type)));
   if (!answer) throw python_error();
   const long kind = PyLong_AsLong(answer);
   if (kind == -1 && PyErr_Occurred()) throw python_error();
+  // Another thread, or the question itself, may have changed the class meanwhile: then it is asked again next time.
+  if (tag == 0 || type->tp_version_tag != tag) return static_cast<int>(kind);
   // Without a frame and a dict of Python's for __call__: .2 us. Python puts its own function back into the slot of a
   // class, and of those derived from it, when the __call__ of one of them or of a base is replaced.
-  THPObjectPtr of_class(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), names().call));
-  if (!of_class) throw python_error();
   if (kind != 0 && of_class.get() == watched.own_call) type->tp_call = whole_call;
-  const unsigned int tag = type->tp_version_tag;
-  if (tag != 0) watched.classes[tag % kPlaces] = {tag, static_cast<int>(kind)};
+  watched.classes[tag % kPlaces] = {tag, static_cast<int>(kind)};
   return static_cast<int>(kind);
 }
 
@@ -62,8 +64,9 @@ bool only_forward(PyObject* own) {
   for (PyObject* const hooks : watched.global_hooks) {
     if (PyDict_GET_SIZE(hooks) != 0) return false;
   }
-  // torch.profiler knows a module by the frame of torch.nn.Module.__call__.
-  if (PyThreadState_Get()->c_profilefunc != nullptr) return false;
+  // torch.profiler knows a module by the frame of torch.nn.Module.__call__; debuggers stop in frames.
+  const PyThreadState* const thread = PyThreadState_Get();
+  if (thread->c_profilefunc != nullptr || thread->c_tracefunc != nullptr) return false;
   for (PyObject* const name : names().hooks) {
     PyObject* const hooks = find(own, name);
     if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return false;
@@ -76,6 +79,7 @@ bool only_forward(PyObject* own) {
 // What forward() takes, by place or by name; false if there is something else.
 struct Given {
   PyObject* arguments[5] = {nullptr, Py_None, Py_None, Py_None, Py_None};  // input, hx, lengths, reset, reset_state
+  bool extras = false;  // whether one of the last three is given, be it as None
 
   bool read(PyObject* tuple, PyObject* dict) {
     const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
@@ -88,6 +92,7 @@ struct Given {
       const Py_ssize_t k = std::find(known, std::end(known), name) - known;
       if (k == std::ssize(arguments) || k < count) return false;
       arguments[k] = value;
+      extras |= k > 1;
     }
     return arguments[0] != nullptr;
   }
@@ -100,9 +105,8 @@ PyObject* call(PyObject* module, PyObject* arguments, PyObject* named) {
   if (!own) throw python_error();
   Given given;
   if (!only_forward(own) || !given.read(arguments, named)) Py_RETURN_NONE;
-  PyObject* const* const extras = given.arguments + 2;
   if (kind < 0) {
-    if (std::any_of(extras, extras + 3, [](PyObject* extra) { return extra != Py_None; })) Py_RETURN_NONE;
+    if (given.extras) Py_RETURN_NONE;
     return cell(own, -kind, given.arguments[0], given.arguments[1]);
   }
   for (PyObject* const option : names().noise) {
@@ -110,7 +114,7 @@ PyObject* call(PyObject* module, PyObject* arguments, PyObject* named) {
   }
   PyObject* const recompute = find(own, names().recompute);
   if (recompute != nullptr && !PyBool_Check(recompute)) Py_RETURN_NONE;
-  return layer(own, kind, recompute == Py_True, given.arguments[0], given.arguments[1], extras);
+  return layer(own, kind, recompute == Py_True, given.arguments[0], given.arguments[1], given.arguments + 2);
 }
 
 // In the slot for __call__ of the classes that kind_of() knows: as DirectCalls.__call__.

@@ -261,10 +261,8 @@ PyObject* layer(PyObject* own, int64_t gates, bool recompute, PyObject* input, P
   const bool swapped = s.batch_first && !unbatched;
   const int64_t T = x->size(swapped ? 1 : 0), B = unbatched ? 1 : x->size(swapped ? 0 : 1);
   if (T < 1 || x->size(-1) != s.I) Py_RETURN_NONE;
-  const double width = static_cast<double>(s.D) * static_cast<double>(s.H);
-  const double step = static_cast<double>(gates * s.L) * width * (static_cast<double>(s.I) + width);
-  x = tensors.own_unless_short(step * static_cast<double>(T) * static_cast<double>(B),
-                               static_cast<size_t>(7 + weights));
+  const double steps = static_cast<double>(T) * static_cast<double>(B) * static_cast<double>(s.L * s.D);
+  x = tensors.own_unless_short(steps, gates, s.H, std::max(s.I, s.D * s.H), static_cast<size_t>(7 + weights));
   const Tensor* states[2] = {};
   if (hx != Py_None && !states_of(hx, s.cell, tensors, states)) Py_RETURN_NONE;
   const int64_t widths[2] = {s.R, s.H};

@@ -213,9 +213,9 @@ PYBIND11_MODULE(_C, m) {
                                from.numel());
         return to;
       },
-      "sigmoid or tanh as the cells compute it, on the chosen instruction set; of float32, rounded: as those with "
-      "products "
-      "in bfloat16 do. For the tests of its accuracy.",
+      "sigmoid or tanh as the cells compute it, on the chosen instruction set; rounded: as the cells of its products "
+      "in "
+      "bfloat16 do. For the tests of their accuracy.",
       pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("rounded") = false);
   m.def(
       "fma_peak",

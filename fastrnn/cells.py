@@ -85,7 +85,7 @@ class LSTMCell(HasStock, DirectCalls, nn.LSTMCell):
     """
 
     @classmethod
-    def _kind(cls) -> int:
+    def _direct_call_kind(cls) -> int:
         return -4 if cls.forward is _FORWARDS[4] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -120,7 +120,7 @@ class GRUCell(HasStock, DirectCalls, nn.GRUCell):
     """
 
     @classmethod
-    def _kind(cls) -> int:
+    def _direct_call_kind(cls) -> int:
         return -3 if cls.forward is _FORWARDS[3] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -155,7 +155,7 @@ class RNNCell(HasStock, DirectCalls, nn.RNNCell):
     """
 
     @classmethod
-    def _kind(cls) -> int:
+    def _direct_call_kind(cls) -> int:
         return -1 if cls.forward is _FORWARDS[1] else 0
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -42,7 +42,7 @@ class DirectCalls(nn.Module):
     """Base of LSTM, GRU, RNN and the cells, ahead of torch.nn's class."""
 
     @classmethod
-    def _kind(cls) -> int:
+    def _direct_call_kind(cls) -> int:
         """The gates of a class whose forward is fastrnn's own, without options: negative for a cell, else 0."""
         return 0
 
@@ -58,7 +58,7 @@ class DirectCalls(nn.Module):
 
 
 def _kind_of(cls: Any) -> int:
-    """What direct_call must know of a class: _kind() if the call after DirectCalls' is torch's known one, else 0.
+    """What direct_call must know of a class: its kind if the call after DirectCalls' is torch's known one, else 0.
 
     Asked anew when the class or a base has changed: torch.fx, for one, replaces torch.nn.Module.__call__ for a while.
     """
@@ -68,7 +68,9 @@ def _kind_of(cls: Any) -> int:
     following = next(base for base in after if "__call__" in vars(base))
     if following is not nn.Module or nn.Module.__call__ is not _CALL or cls._call_impl is not _CALL_IMPL:
         return 0
-    kind: int = cls._kind()
+    if cls.__getattribute__ is not object.__getattribute__:
+        return 0
+    kind: int = cls._direct_call_kind()
     return kind
 
 

@@ -69,7 +69,7 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
     recompute = False  # an attribute of the instance only where it was asked for: torch.nn's modules have none
 
     @classmethod
-    def _kind(cls) -> int:
+    def _direct_call_kind(cls) -> int:
         options = cls.recompute or cls.zoneout or cls.recurrent_dropout or cls.weight_dropout
         return cls._gates if cls.forward is _FORWARD and not options else 0
 

@@ -161,6 +161,16 @@ def test_a_row_of_nan_stays_a_row(kind):
     assert all(torch.equal(a[:, others], b[:, others]) for a, b in zip(found, whole, strict=True))
 
 
+@pytest.mark.parametrize("units", [40, 48, 100])  # lanes that pad a cell, terms that pad a block, neither
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rnn_relu"])  # whose state may become infinite
+def test_an_infinite_feature_is_what_it_is_in_float64(kind, units):
+    ours, theirs, x, _ = case(kind, (4, 20, 30, units))
+    x[1, 3, 2], x[2, 5, 7] = float("inf"), -float("inf")
+    found, exact = training_step(ours, x), training_step(theirs.double(), x.double())
+    for name, tensor in found.items():
+        assert torch.equal(tensor.isfinite(), exact[name].isfinite()), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_and_resets_are_those_of_float32(kind):
     """Results and, but for relu (see above), every gradient."""

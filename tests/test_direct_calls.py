@@ -165,6 +165,27 @@ def test_the_next_class_is_asked_when_it_has_a_call_of_its_own() -> None:
         assert torch.equal(module(x)[1][0], module.forward(x)[0])
 
 
+def test_a_class_that_answers_for_its_attributes_itself_is_asked() -> None:
+    class Own(fastrnn.RNN):
+        def __getattribute__(self, name: str) -> Any:
+            return (lambda *args: "mine") if name == "forward" else super().__getattribute__(name)
+
+    assert Own(3, 5)(an_input("RNN")) == "mine"
+
+
+def test_a_class_that_changes_while_it_is_asked_is_asked_again() -> None:
+    class Own(fastrnn.RNN):
+        @classmethod
+        def _direct_call_kind(cls) -> int:
+            kind = super()._direct_call_kind()
+            cls.forward = lambda *args: "changed"
+            return kind
+
+    module, x = Own(3, 5), an_input("RNN")
+    module(x)
+    assert module(x) == module(x) == "changed"
+
+
 @pytest.mark.usefixtures("refused")
 @pytest.mark.parametrize(
     "options", [{"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"weight_dropout": 0.1}, {"recompute": 3}], ids=str
@@ -198,25 +219,26 @@ def test_wrong_arguments_raise_what_they_raise_in_torch_nn(name: str) -> None:
         ((), {"hx": None}),
     ]
     if name in STEPS:
-        calls.append(((x,), {"lengths": torch.tensor([1, 1])}))
+        calls.extend(((x,), {"lengths": lengths}) for lengths in (torch.tensor([1, 1]), None))
     for args, kwargs in calls:
         for module in (ours, theirs):
             with pytest.raises(TypeError):
                 module(*args, **kwargs)
 
 
-@pytest.fixture
-def frames() -> Iterator[list[str]]:
-    """The functions that Python enters."""
+@pytest.fixture(params=["profile", "trace"])
+def frames(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The functions that Python enters, as a profiler hears of them and as a debugger does."""
     entered: list[str] = []
-    before = sys.getprofile()
-    sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_qualname) if event == "call" else None)
+    get, listen = (getattr(sys, f"{verb}{request.param}") for verb in ("get", "set"))
+    before = get()
+    listen(lambda frame, event, _: entered.append(frame.f_code.co_qualname) if event == "call" else None)
     yield entered
-    sys.setprofile(before)
+    listen(before)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_profile_of_python_sees_the_forward(name: str, frames: list[str]) -> None:
+def test_profiles_and_traces_of_python_see_the_forward(name: str, frames: list[str]) -> None:
     module, x = made(name)
     frames.clear()
     module(x)

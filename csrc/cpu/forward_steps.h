@@ -138,7 +138,7 @@ class ForwardSteps {
     if constexpr (Elements::kRounds) {
       for (int64_t j = first_state(); j < end_state(); j += L) {
         const int lanes = r_ - j < L ? static_cast<int>(r_ - j) : L;
-        store_operand(V::load(state + j), row, j, lanes, which);
+        store_operand(V::load(state + j), row, j, lanes, L, which);
       }
       if (end_state() == h_row_) {
         Element* operand = elements(task_.masked_h[which]) + row * in_blocks(r_);
@@ -227,22 +227,25 @@ class ForwardSteps {
     return kept * before + (V::one() - kept) * candidate;
   }
 
-  // What the product with W_hh reads of h: times the mask, if there is one, and rounded.
-  inline __attribute__((always_inline)) void store_operand(V h, int64_t row, int64_t unit, int lanes, int which) const {
+  // What the product with W_hh reads of h: times the mask, if there is one, and rounded. A product in bfloat16 reads
+  // whole blocks: the zeros past the last unit come with the initial state, of which all lanes are stored, and stay; an
+  // infinite x makes NaN of the lanes that pad a cell.
+  inline __attribute__((always_inline)) void store_operand(V h, int64_t row, int64_t unit, int lanes, int stored,
+                                                           int which) const {
     if (direction_.h_mask) {
       h = h * load_lanes<V>(in(direction_.h_mask) + rows_.batch(row) * r_ + unit, lanes);
     }
     if constexpr (Elements::kRounds) {
-      Elements::store(h, elements(task_.masked_h[which]) + row * in_blocks(r_) + unit, L);
+      Elements::store(h, elements(task_.masked_h[which]) + row * in_blocks(r_) + unit, stored);
     } else {
       h.store(out(task_.masked_h[which]) + row * h_row_ + unit);
     }
   }
 
-  // What W_hr multiplies, as wide as the lanes are.
-  inline __attribute__((always_inline)) void store_unprojected(V m, int64_t row, int64_t unit) const {
+  // What W_hr multiplies.
+  inline __attribute__((always_inline)) void store_unprojected(V m, int64_t row, int64_t unit, int lanes) const {
     if constexpr (Elements::kRounds) {
-      Elements::store(m, elements(task_.cell_h) + row * in_blocks(layer_.H) + unit, L);
+      Elements::store(m, elements(task_.cell_h) + row * in_blocks(layer_.H) + unit, lanes);
     } else {
       m.store(out(task_.cell_h) + row * c_row_ + unit);
     }
@@ -262,7 +265,7 @@ class ForwardSteps {
         }
         h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
         Elements::store(h, y + at, lanes);
-        if (Elements::kRounds || direction_.h_mask) store_operand(h, row, at, lanes, which ^ 1);
+        if (Elements::kRounds || direction_.h_mask) store_operand(h, row, at, lanes, lanes, which ^ 1);
       }
     }
   }
@@ -298,15 +301,15 @@ class ForwardSteps {
         }
       }
       if (layer_.P) {
-        store_unprojected(h, piece.row, piece.unit);
+        store_unprojected(h, piece.row, piece.unit, lanes);
       } else {
         h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
         Elements::store(h, elements(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
         if constexpr (Elements::kRounds && !kNoisy) {
-          Elements::store(h, elements(task_.masked_h[which ^ 1]) + piece.row * in_blocks(r_) + piece.unit, L);
+          Elements::store(h, elements(task_.masked_h[which ^ 1]) + piece.row * in_blocks(r_) + piece.unit, lanes);
         }
         if constexpr (kNoisy) {
-          if (Elements::kRounds || direction_.h_mask) store_operand(h, piece.row, piece.unit, lanes, which ^ 1);
+          if (Elements::kRounds || direction_.h_mask) store_operand(h, piece.row, piece.unit, lanes, lanes, which ^ 1);
         }
       }
       if constexpr (Cell::kStates == 2) {

@@ -9,8 +9,8 @@ namespace fastrnn {
 namespace cpu {
 namespace {
 
-// sigmoid and tanh where results are rounded to 8 bits: within 1.4e-5 of their value and never beyond 1, in two thirds
-// of the instructions of math.h. NaN goes through.
+// sigmoid and tanh where results are rounded to 8 bits: within 1.4e-5 of their value where that is a normal number, and
+// never beyond 1, in two thirds of the instructions of math.h. NaN goes through.
 struct ShortMath {
   // 1 / (1 + 2^t). The whole part of t is an exponent; at 126 the sum is still finite.
   template <class W>
