@@ -223,133 +223,139 @@ class BackwardSteps {
     return in(all) + rows_.index(t_previous, row) * row_size + offset;
   }
 
-  // The derivative of the cell for m rows and `blocks` unit blocks, kTogether pieces of one row and one block at a
-  // time; what came through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
+  // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
+  struct Row {
+    int64_t row, t;                         // of the states; time
+    const Scalar *gates, *cells, *d_cells;  // d_cells, d_y: may be null
+    const Before* before;                   // c (or h) before the step
+    const Element *y, *d_y;                 //
+    Scalar *d_state, *d_c;                  //
+    Element *d_gates, *cell_h;              // cell_h: wanted if not null
+  };
+
+  Row row_at(int64_t t, int64_t row) const {
+    const int64_t H = layer_.H, index = rows_.index(t, row), packed = rows_.packed(t, row);
+    const int64_t y_offset = index * y_row_ + task_.direction * r_;
+    Row at{};
+    at.row = row, at.t = t;
+    if (Cell::kSaved > 0) at.gates = in(forward_.gates) + index * c_row_ * Cell::kSaved;
+    if constexpr (Cell::kStates == 2) {
+      at.cells = in(forward_.cells) + index * H;
+      if (backward_.d_cells) at.d_cells = in(backward_.d_cells) + index * H;
+      at.before = previous(t, row, forward_.cells, H, 0, forward_.c0, forward_.reset_c, H);
+      at.d_c = out(task_.d_c) + row * c_row_;
+    } else {
+      at.y = elements(layer_.y) + y_offset;
+      at.before = previous(t, row, layer_.y, y_row_, task_.direction * r_, forward_.h0, forward_.reset_h, r_);
+    }
+    if (!layer_.P) {
+      at.d_state = out(task_.d_state) + row * state_row_;
+      if (task_.layer->d_y) at.d_y = elements(task_.layer->d_y) + y_offset;
+    }
+    at.d_gates = elements(task_.d_gates) + packed * d_row_;
+    if (Cell::kProjects && task_.cell_h) at.cell_h = elements(task_.cell_h) + packed * H;
+    return at;
+  }
+
+  // The derivative of the cell for m rows and `blocks` unit blocks, kTogether blocks of a row at a time; what came
+  // through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
   template <int kTogether, bool kBlends>
   __attribute__((noinline)) void differentiate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks) {
-    const int64_t y_offset = task_.direction * r_;
-    Piece pieces[kTogether];
-    int n = 0;
+    const Scalar* sums = buffer_;
     for (int j = 0; j < m; ++j) {
-      Piece piece;
-      piece.row = first + j;
-      piece.index = rows_.index(t, piece.row);
-      piece.packed = rows_.packed(t, piece.row);
-      piece.t = t;
-      const Before* before =
-          Cell::kStates == 2
-              ? previous(t, piece.row, forward_.cells, layer_.H, 0, forward_.c0, forward_.reset_c, layer_.H)
-              : previous(t, piece.row, layer_.y, y_row_, y_offset, forward_.h0, forward_.reset_h, r_);
-      for (int k = 0; k < blocks; ++k) {
-        piece.unit = (block + k) * L;
-        piece.sum = buffer_ + (j * blocks + k) * L;
-        piece.before = before + piece.unit;
-        pieces[n++] = piece;
-        if (n == kTogether) {
-          differentiate_pieces<kTogether, kBlends>(pieces);
-          n = 0;
-        }
+      const Row at = row_at(t, first + j);
+      int k = 0;
+      for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
+        differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);
       }
+      for (; k < blocks; ++k, sums += L) differentiate_blocks<1, kBlends>(at, sums, (block + k) * L);
     }
-    for (int j = 0; j < n; ++j) differentiate_pieces<1, kBlends>(pieces + j);
   }
 
   struct Piece {
-    const Scalar* sum;         // what came through the weights
-    const Before* before;      // c (or h) before the step
-    int64_t unit, row, index;  // first unit; row of the states; row of y, gates and cells
-    int64_t packed, t;         // row of the gradients of the gates; time
+    int64_t unit;
   };
 
+  // The units of K blocks of a row from `first` on.
   template <int K, bool kBlends>
-  inline __attribute__((always_inline)) void differentiate_pieces(const Piece* pieces) {
+  inline __attribute__((always_inline)) void differentiate_blocks(const Row& at, const Scalar* sums, int64_t first) {
     using W = Group<V, K>;
     W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
     W d[Cell::kStored], d_prev[Cell::kStates], parameters[Cell::kParameters + 1];
-    load_parameters<Cell>(in(forward_.parameters), layer_.H, pieces, parameters);
-    const int64_t H = layer_.H, y_offset = task_.direction * r_;
+    const int64_t H = layer_.H;
+    Piece pieces[K];
     int lanes[K];
     unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const Piece& piece = pieces[j.value];
-      lanes[j.value] = H - piece.unit < L ? static_cast<int>(H - piece.unit) : L;
-      V d_h = V::load(piece.sum);
-      if (!layer_.P) {
-        d_h = d_h + V::load(in(task_.d_state) + piece.row * state_row_ + piece.unit);
-        if (task_.layer->d_y) {
-          const Element* d_y = elements(task_.layer->d_y) + piece.index * y_row_ + y_offset + piece.unit;
-          d_h = d_h + Elements::load(d_y, lanes[j.value]);
-        }
-      }
+      const int64_t unit = pieces[j.value].unit = first + j.value * L;
+      lanes[j.value] = H - unit < L ? static_cast<int>(H - unit) : L;
+    });
+    load_parameters<Cell>(in(forward_.parameters), H, pieces, parameters);
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      const int64_t unit = first + j.value * L;
+      V d_h = V::load(sums + j.value * L);
+      if (at.d_state) d_h = d_h + V::load(at.d_state + unit);
+      if (at.d_y) d_h = d_h + Elements::load(at.d_y + unit, lanes[j.value]);
       d_next[0].v[j.value] = d_h;
       if constexpr (Cell::kSaved > 0) {
-        const Scalar* gates = in(forward_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
+        const Scalar* gates = at.gates + saved_offset<Cell>(0, 0, unit);
         unroll<Cell::kSaved>(
             [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value] = V::load(gates + k.value * 16); });
       }
       if constexpr (Cell::kStates == 2) {
-        V d_c = V::load(in(task_.d_c) + piece.row * c_row_ + piece.unit);
-        if (backward_.d_cells) {
-          d_c = d_c + load_lanes<V>(in(backward_.d_cells) + piece.index * H + piece.unit, lanes[j.value]);
-        }
+        V d_c = V::load(at.d_c + unit);
+        if (at.d_cells) d_c = d_c + load_lanes<V>(at.d_cells + unit, lanes[j.value]);
         d_next[1].v[j.value] = d_c;
         prev[0].v[j.value] = next[0].v[j.value] = V::zero();
-        prev[1].v[j.value] = load_lanes<V>(piece.before, lanes[j.value]);
-        next[1].v[j.value] = load_lanes<V>(in(forward_.cells) + piece.index * H + piece.unit, lanes[j.value]);
+        prev[1].v[j.value] = load_lanes<V>(at.before + unit, lanes[j.value]);
+        next[1].v[j.value] = load_lanes<V>(at.cells + unit, lanes[j.value]);
       } else {
-        const Element* y = elements(layer_.y) + piece.index * y_row_ + y_offset + piece.unit;
-        prev[0].v[j.value] = Elements::load(piece.before, lanes[j.value]);
-        next[0].v[j.value] = Elements::load(y, lanes[j.value]);
+        prev[0].v[j.value] = Elements::load(at.before + unit, lanes[j.value]);
+        next[0].v[j.value] = Elements::load(at.y + unit, lanes[j.value]);
       }
     });
     if constexpr (!kBlends) {
       backward_cell<Cell>(d_next, saved, prev, next, d, d_prev, parameters);
     } else {
       W stayed[Cell::kStates];
-      unblend<K>(pieces, lanes, saved, prev, next, d_next, stayed);
+      unblend<K>(at, first, lanes, saved, prev, next, d_next, stayed);
       backward_cell<Cell>(d_next, saved, prev, next, d, d_prev, parameters);
       unroll<Cell::kStates>(
           [&](auto s) __attribute__((always_inline)) { d_prev[s.value] = d_prev[s.value] + stayed[s.value]; });
     }
     W unprojected;
     if constexpr (Cell::kProjects) {
-      if (task_.cell_h) unprojected = Cell::unprojected(saved, next);
+      if (at.cell_h) unprojected = Cell::unprojected(saved, next);
     }
     unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const Piece& piece = pieces[j.value];
-      Element* d_gates = elements(task_.d_gates) + piece.packed * d_row_ + piece.unit;
+      const int64_t unit = first + j.value * L;
       unroll<Cell::kStored>([&](auto k) __attribute__((always_inline)) {
-        Elements::store(d[k.value].v[j.value], d_gates + k.value * H, lanes[j.value]);
+        Elements::store(d[k.value].v[j.value], at.d_gates + k.value * H + unit, lanes[j.value]);
       });
       if constexpr (Elements::kRounds) {
-        if (piece.unit + L >= H) {  // what a block of terms reads past the last gate
-          for (int64_t k = Cell::kStored * H; k < d_row_; ++k) d_gates[k - piece.unit] = Element{};
+        if (unit + L >= H) {  // what a block of terms reads past the last gate
+          for (int64_t k = Cell::kStored * H; k < d_row_; ++k) at.d_gates[k] = Element{};
         }
       }
-      if (!layer_.P) d_prev[0].v[j.value].store(out(task_.d_state) + piece.row * state_row_ + piece.unit);
-      if constexpr (Cell::kStates == 2) {
-        d_prev[1].v[j.value].store(out(task_.d_c) + piece.row * c_row_ + piece.unit);
-      }
+      if (at.d_state) d_prev[0].v[j.value].store(at.d_state + unit);
+      if constexpr (Cell::kStates == 2) d_prev[1].v[j.value].store(at.d_c + unit);
       if constexpr (Cell::kProjects) {
-        if (task_.cell_h) {
-          Elements::store(unprojected.v[j.value], elements(task_.cell_h) + piece.packed * H + piece.unit,
-                          lanes[j.value]);
-        }
+        if (at.cell_h) Elements::store(unprojected.v[j.value], at.cell_h + unit, lanes[j.value]);
       }
     });
   }
 
   // Zoneout backwards: next becomes what the cell had made, d_next its gradient, stayed what goes past the cell.
   template <int K, class W>
-  inline __attribute__((always_inline)) void unblend(const Piece* pieces, const int* lanes, const W* saved,
+  inline __attribute__((always_inline)) void unblend(const Row& at, int64_t first, const int* lanes, const W* saved,
                                                      const W* prev, W* next, W* d_next, W* stayed) const {
     W keep[Cell::kStates];
     unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const Piece& piece = pieces[j.value];
       unroll<Cell::kStates>([&](auto s) __attribute__((always_inline)) {
         const Strided& zoneout = s.value == 0 ? layer_.zoneout_h : layer_.zoneout_c;
-        const int64_t column = task_.direction * layer_.H + piece.unit;  // of h only without a projection: R = H
+        const int64_t column =
+            task_.direction * layer_.H + first + j.value * L;  // of h only without a projection: R = H
         const bool blended = zoneout.data && !(s.value == 0 && layer_.P);
-        keep[s.value].v[j.value] = blended ? kept(zoneout, piece.t, piece.row, column, lanes[j.value]) : V::zero();
+        keep[s.value].v[j.value] = blended ? kept(zoneout, at.t, at.row, column, lanes[j.value]) : V::zero();
       });
     });
     unroll<Cell::kStates>([&](auto s) __attribute__((always_inline)) {

@@ -182,43 +182,58 @@ class ForwardSteps {
     return in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ + (unit - first_unit_) * G;
   }
 
-  // Pieces of one row and one block are taken kTogether at a time. Noisy: with zoneout or a mask on h, which nobody
-  // else shall pay for.
+  // Where the cell of one step reads and writes: what is the same for all rows and units. A copy on the stack of the
+  // one function that uses it, for after every store a compiler reads members again.
+  struct Places {
+    const Scalar *r, *x, *h_before;  // r: of the first row and unit; x: of the first row of the step, without kSummed
+    Scalar *h_after, *c, *cells, *gates;
+    Element *y, *operand;
+    int64_t t, which, first, unit, r_row;                        // of r: the row and the unit, and the size of a row
+    int64_t H, h_row, c_row, x_row, y_row, index, index_stride;  // index: row of y, gates and cells of the row `first`
+    bool ordered, whole, projected;
+  };
+
+  // Pieces (a vector of units of one row) are taken kTogether at a time: rows of one block, or blocks of a single row.
+  // Noisy: with zoneout or a mask on h, which nobody else shall pay for.
   template <int kTogether, bool kNoisy>
   __attribute__((noinline)) void activate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
                                                int which) {
-    Piece pieces[kTogether];
-    int n = 0;
-    for (int j = 0; j < m; ++j) {
-      const int64_t row = first + j;
-      for (int k = 0; k < blocks; ++k) {
-        Piece& piece = pieces[n++];
-        piece.r = buffer_ + (j * blocks + k) * G * L;
-        piece.unit = (block + k) * L;
-        piece.row = row;
-        piece.index = rows_.index(t, row);
-        piece.t = t;
-        if constexpr (kSummed) {
-          piece.x = in(task_.b_hh) + piece.unit * G;
-        } else {
-          piece.x = x_gates(at, row, piece.unit);
-        }
-        if (n == kTogether) {
-          activate_pieces<kTogether, kNoisy>(pieces, which);
-          n = 0;
-        }
-      }
+    Places places;
+    places.r = buffer_;
+    places.x = in(task_.x_gates) + at * x_gates_row_ - first_unit_ * G;
+    places.h_before = in(task_.h[which]), places.h_after = out(task_.h[which ^ 1]);
+    places.c = out(task_.c), places.cells = out(direction_.cells), places.gates = out(direction_.gates);
+    places.y = elements(layer_.y) + task_.direction * r_, places.operand = elements(task_.masked_h[which ^ 1]);
+    places.t = t, places.which = which, places.first = first, places.unit = block * L, places.r_row = blocks * G * L;
+    places.H = layer_.H, places.h_row = h_row_, places.c_row = c_row_, places.x_row = x_gates_row_;
+    places.y_row = y_row_, places.index = rows_.index(t, first), places.index_stride = rows_.stride();
+    places.ordered = layer_.order != nullptr, places.whole = whole_, places.projected = layer_.P != 0;
+    if (m == 1) {
+      activate_run<kTogether, kNoisy>(places, first, block * L, blocks, 0, L);
+    } else {
+      for (int k = 0; k < blocks; ++k) activate_run<kTogether, kNoisy>(places, first, (block + k) * L, m, 1, 0);
     }
-    if constexpr (kTogether > 2) {
-      if (n == 2) return activate_pieces<2, kNoisy>(pieces, which);
-    }
-    for (int j = 0; j < n; ++j) activate_pieces<1, kNoisy>(pieces + j, which);
   }
 
-  struct Piece {
-    const Scalar *r, *x;
-    int64_t unit, row, index, t;  // first unit; row of the states; row of y, gates and cells
-  };
+  // n pieces, of which the next is row_step rows and unit_step units on.
+  template <int K, bool kNoisy>
+  inline __attribute__((always_inline)) void activate_run(const Places& places, int64_t row, int64_t unit, int n,
+                                                          int64_t row_step, int64_t unit_step) {
+    int j = 0;
+    for (; j + K <= n; j += K) {
+      activate_pieces<K, kNoisy>(places, row, unit, row_step, unit_step);
+      row += K * row_step, unit += K * unit_step;
+    }
+    if constexpr (K > 2) {
+      if (j + 2 <= n) {
+        activate_pieces<2, kNoisy>(places, row, unit, row_step, unit_step);
+        j += 2, row += 2 * row_step, unit += 2 * unit_step;
+      }
+    }
+    if constexpr (K > 1) {
+      if (j < n) activate_pieces<1, kNoisy>(places, row, unit, row_step, unit_step);
+    }
+  }
 
   // Zoneout of lanes [unit, unit + lanes) of one row: `keep` of `before` stays. Two products and a sum, none fused, so
   // that backward finds a candidate of zero exactly.
@@ -270,68 +285,93 @@ class ForwardSteps {
     }
   }
 
+  struct Piece {
+    int64_t unit, row, index;  // first unit; row of the states; row of y, gates and cells
+    int lanes;                 // of units that exist
+  };
+
   template <int K, bool kNoisy>
-  inline __attribute__((always_inline)) void activate_pieces(const Piece* pieces, int which) {
+  inline __attribute__((always_inline)) void activate_pieces(const Places& places, int64_t row, int64_t unit,
+                                                             int64_t row_step, int64_t unit_step) {
     using W = Group<V, K>;
+    Piece pieces[K];
     W xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
     W parameters[Cell::kParameters + 1];
+    unroll<K>([&](auto j) __attribute__((always_inline)) {
+      Piece& piece = pieces[j.value];
+      piece.row = row + j.value * row_step, piece.unit = unit + j.value * unit_step;
+      piece.index = places.index + (piece.row - places.first) * places.index_stride;
+      if (places.ordered) piece.index = rows_.index(places.t, piece.row);
+      piece.lanes = places.H - piece.unit < L ? static_cast<int>(places.H - piece.unit) : L;
+    });
     load_parameters<Cell>(in(direction_.parameters), layer_.H, pieces, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
+      const Scalar* const r = places.r + (piece.row - places.first) * places.r_row + (piece.unit - places.unit) * G;
+      const Scalar* x;
+      if constexpr (kSummed) {
+        x = in(task_.b_hh) + piece.unit * G;
+      } else {
+        x = places.x + (places.whole ? rows_.batch(piece.row) : piece.row) * places.x_row + piece.unit * G;
+      }
       unroll<G>([&](auto g) __attribute__((always_inline)) {
-        xs[g.value].v[j.value] = V::load(piece.x + g.value * L);
-        rs[g.value].v[j.value] = V::load(piece.r + g.value * L);
+        xs[g.value].v[j.value] = V::load(x + g.value * L);
+        rs[g.value].v[j.value] = V::load(r + g.value * L);
       });
       if constexpr (Cell::kStates == 2) {
         prev[0].v[j.value] = V::zero();
-        prev[1].v[j.value] = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
+        prev[1].v[j.value] = V::load(places.c + piece.row * places.c_row + piece.unit);
       } else {
-        prev[0].v[j.value] = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
+        prev[0].v[j.value] = V::load(places.h_before + piece.row * places.h_row + piece.unit);
       }
     });
     forward_cell<Cell>(xs, rs, prev, next, saved, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
-      const int lanes = layer_.H - piece.unit < L ? static_cast<int>(layer_.H - piece.unit) : L;
+      const int lanes = piece.lanes;
       V h = next[0].v[j.value];
       if constexpr (kNoisy) {
-        if (layer_.zoneout_h.data && !layer_.P) {
-          const V before = V::load(in(task_.h[which]) + piece.row * h_row_ + piece.unit);
-          h = blend(layer_.zoneout_h, piece.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
+        if (layer_.zoneout_h.data && !places.projected) {
+          const V before = V::load(places.h_before + piece.row * places.h_row + piece.unit);
+          h = blend(layer_.zoneout_h, places.t, piece.row, task_.direction * r_ + piece.unit, lanes, before, h);
         }
       }
-      if (layer_.P) {
+      if (places.projected) {
         store_unprojected(h, piece.row, piece.unit, lanes);
       } else {
-        h.store(out(task_.h[which ^ 1]) + piece.row * h_row_ + piece.unit);
-        Elements::store(h, elements(layer_.y) + piece.index * y_row_ + task_.direction * r_ + piece.unit, lanes);
+        h.store(places.h_after + piece.row * places.h_row + piece.unit);
+        Elements::store(h, places.y + piece.index * places.y_row + piece.unit, lanes);
         if constexpr (Elements::kRounds && !kNoisy) {
-          Elements::store(h, elements(task_.masked_h[which ^ 1]) + piece.row * in_blocks(r_) + piece.unit, lanes);
+          Elements::store(h, places.operand + piece.row * in_blocks(r_) + piece.unit, lanes);
         }
         if constexpr (kNoisy) {
-          if (Elements::kRounds || direction_.h_mask) store_operand(h, piece.row, piece.unit, lanes, lanes, which ^ 1);
+          if (Elements::kRounds || direction_.h_mask) {
+            store_operand(h, piece.row, piece.unit, lanes, lanes, static_cast<int>(places.which ^ 1));
+          }
         }
       }
       if constexpr (Cell::kStates == 2) {
         V c = next[1].v[j.value];
+        Scalar* const state = places.c + piece.row * places.c_row + piece.unit;
         if constexpr (kNoisy) {
           if (layer_.zoneout_c.data) {
-            const V before = V::load(in(task_.c) + piece.row * c_row_ + piece.unit);
             const int64_t column = task_.direction * layer_.H + piece.unit;
-            c = blend(layer_.zoneout_c, piece.t, piece.row, column, lanes, before, c);
+            c = blend(layer_.zoneout_c, places.t, piece.row, column, lanes, V::load(state), c);
           }
         }
-        c.store(out(task_.c) + piece.row * c_row_ + piece.unit);
-        if (direction_.cells) store_lanes(c, out(direction_.cells) + piece.index * layer_.H + piece.unit, lanes);
+        c.store(state);
+        if (places.cells) store_lanes(c, places.cells + piece.index * places.H + piece.unit, lanes);
       }
       if constexpr (Cell::kSaved > 0) {
-        if (direction_.gates) {
-          Scalar* gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, piece.unit);
+        if (places.gates) {
+          Scalar* gates = places.gates + saved_offset<Cell>(piece.index, places.c_row, piece.unit);
           unroll<Cell::kSaved>(
               [&](auto k) __attribute__((always_inline)) { saved[k.value].v[j.value].store(gates + k.value * 16); });
-          for (int64_t unit = piece.unit + L; unit < c_row_ && layer_.H <= unit; unit += L) {
-            gates = out(direction_.gates) + saved_offset<Cell>(piece.index, c_row_, unit);
-            for (int k = 0; k < Cell::kSaved; ++k) V::zero().store(gates + k * 16);  // no byte stays unwritten
+          if constexpr (L < 16) {  // no byte of a block stays unwritten
+            for (int64_t rest = piece.unit + L; rest < places.c_row && places.H <= rest; rest += L) {
+              gates = places.gates + saved_offset<Cell>(piece.index, places.c_row, rest);
+              for (int k = 0; k < Cell::kSaved; ++k) V::zero().store(gates + k * 16);
+            }
           }
         }
       }

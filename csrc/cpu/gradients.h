@@ -261,7 +261,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
         return task_.weight_parts->pack_turned(a, a_row, rows, columns, static_cast<Bfloat16*>(task_.strip));
       }
     }
-    pack_strip<V>(a, a_row, rows, columns, kTileRows, kStripTile, out(task_.strip));
+    pack_strip<V, kTileRows>(a, a_row, rows, columns, kStripTile, out(task_.strip));
   }
 
   void product(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, bool start) {

@@ -47,8 +47,11 @@ struct Group {
   FASTRNN_INLINE static Group divide(Group a, Group b) {
     return each([&](int j) __attribute__((always_inline)) { return V::divide(a.v[j], b.v[j]); });
   }
-  FASTRNN_INLINE static Group exp2(Group n, Group shifted) {
-    return each([&](int j) __attribute__((always_inline)) { return V::exp2(n.v[j], shifted.v[j]); });
+  FASTRNN_INLINE static Group negated(Group x) {
+    return each([&](int j) __attribute__((always_inline)) { return V::negated(x.v[j]); });
+  }
+  FASTRNN_INLINE static Group exp2(Group shifted) {
+    return each([&](int j) __attribute__((always_inline)) { return V::exp2(shifted.v[j]); });
   }
   FASTRNN_INLINE static Group relu(Group x) {
     return each([&](int j) __attribute__((always_inline)) { return V::relu(x.v[j]); });

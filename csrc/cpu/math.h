@@ -15,7 +15,8 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  // 1.5 * 2^23 + 127: adding it rounds to an integer n, and leaves the exponent of 2^n in the lowest bits.
+  static constexpr float kLog2e = 1.44269504f, kRound = 12583039.0f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kSigmoidLimit = 87.33655f;  // sigmoid(-limit) is the first result below the normal numbers
   static constexpr float kTanhLimit = 9.02f;         // tanh(9.02) rounds to 1
@@ -23,7 +24,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLog2e = 1.4426950408889634, kRound = 6755399441055744.0;
+  static constexpr double kLog2e = 1.4426950408889634, kRound = 6755399441056767.0;  // 1.5 * 2^52 + 1023
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kSigmoidLimit = 708.3964185322643;
   static constexpr double kTanhLimit = 19.07;
@@ -64,7 +65,7 @@ inline __attribute__((always_inline)) V reduced_exp(V x, V* scale) {
   const V shifted = V::fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound));
   const V n = shifted - V::broadcast(C::kRound);
   const V r = V::fma(n, V::broadcast(-C::kLn2Low), V::fma(n, V::broadcast(-C::kLn2High), x));
-  *scale = V::exp2(n, shifted);
+  *scale = V::exp2(shifted);
   return expm1_reduced(r, typename V::Scalar(0));
 }
 
@@ -73,7 +74,7 @@ template <class V>
 inline __attribute__((always_inline)) V sigmoid(V x) {
   const V limit = V::broadcast(ExpConstants<typename V::Scalar>::kSigmoidLimit);
   V scale;
-  const V p = reduced_exp(V::max(V::zero() - limit, V::min(limit, V::zero() - x)), &scale);
+  const V p = reduced_exp(V::negated(V::max(V::negated(limit), V::min(limit, x))), &scale);
   return V::divide(V::one(), scale + V::fma(p, scale, V::one()));
 }
 
@@ -81,7 +82,7 @@ inline __attribute__((always_inline)) V sigmoid(V x) {
 template <class V>
 inline __attribute__((always_inline)) V tanh(V x) {
   const V limit = V::broadcast(ExpConstants<typename V::Scalar>::kTanhLimit);
-  const V bounded = V::max(V::zero() - limit, V::min(limit, x));
+  const V bounded = V::max(V::negated(limit), V::min(limit, x));
   V scale;
   const V p = reduced_exp(bounded + bounded, &scale);
   return V::divide(V::fma(p, scale, scale - V::one()), V::fma(p, scale, scale + V::one()));

@@ -13,13 +13,20 @@ namespace cpu {
 
 namespace {  // compiled once per instruction set: nothing that is not a template on V may be shared
 
-// n units in blocks of `lanes`, the blocks in panels of nearly equal width, at most `most` blocks each.
+// n units in blocks of `lanes`, the blocks in panels of nearly equal width, at most `most` blocks each. The sweeps ask
+// for panels at every step: where all are alike, as they are in a cell of three or four gates, they do not wait for a
+// division.
 struct Panels {
   int64_t n, lanes, blocks, count;
   Panels(int64_t units, int64_t lanes_, int64_t most)
-      : n(units), lanes(lanes_), blocks((units + lanes_ - 1) / lanes_), count((blocks + most - 1) / most) {}
-  int64_t first(int64_t panel) const { return panel * blocks / count; }
-  int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+      : n(units), lanes(lanes_), blocks((units + lanes_ - 1) / lanes_), count((blocks + most - 1) / most) {
+    alike_ = count && blocks % count == 0 ? blocks / count : 0;
+  }
+  int64_t first(int64_t panel) const { return alike_ ? panel * alike_ : panel * blocks / count; }
+  int64_t width(int64_t panel) const { return alike_ ? alike_ : first(panel + 1) - first(panel); }
+
+ private:
+  int64_t alike_;  // the width of every panel; 0: they differ
 };
 
 }  // namespace
@@ -131,16 +138,21 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t 
   }
 }
 
-// Columns [0, columns) of a [rows, a_row] -> tiles of m columns, tile after tile [row][m], `strip_tile` elements apart.
-// Whole vectors are copied: what runs over is overwritten by the next row, or lies in the slack behind the tile; as
-// much is read past the last column.
-template <class V>
-void pack_strip(const typename V::Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int m, int64_t strip_tile,
+// Columns [0, columns) of a [rows, a_row] -> tiles of `m` columns, tile after tile [row][m], `strip_tile` elements
+// apart. Whole powers of two of bytes are copied: what runs over is overwritten by the next row, or lies in the slack
+// behind the tile; as much is read past the last column. Eight rows of a tile at a time: with all tiles of one row in
+// turn every copy would go to another page (LSTM of 512 units, B = 32, Ice Lake: the backward takes 6 % longer).
+template <class V, int m>
+void pack_strip(const typename V::Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int64_t strip_tile,
                 typename V::Scalar* strip) {
-  for (int64_t row = 0; row < rows; ++row, a += a_row) {
-    typename V::Scalar* to = strip + row * m;
+  constexpr int64_t kRowsAtOnce = 8;
+  constexpr size_t size = m * sizeof(*a), copied = size <= 16 ? 16 : size <= 32 ? 32 : 64;
+  static_assert(size <= copied);
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce, a += kRowsAtOnce * a_row, strip += kRowsAtOnce * m) {
+    const int64_t n = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
+    typename V::Scalar* to = strip;
     for (int64_t column = 0; column < columns; column += m, to += strip_tile) {
-      for (int lane = 0; lane < m; lane += V::kLanes) V::load(a + column + lane).store(to + lane);
+      for (int64_t row = 0; row < n; ++row) __builtin_memcpy(to + row * m, a + row * a_row + column, copied);
     }
   }
 }

@@ -145,18 +145,26 @@ class WeightGradients {
     }
   }
 
+  // Sums of `size` columns, eight rows at a time: column by column every element would come from another cache line, of
+  // which few fit where rows are a power of two apart.
   void sum(const Element* a, int64_t a_row, int64_t rows, int64_t size) {
-    for (int64_t j = 0; j < size; j += L) {
-      const int lanes = size - j < L ? static_cast<int>(size - j) : L;
-      V total = V::zero();
-      for (int64_t row = 0; row < rows;) {
-        V chain = V::zero();
-        for (int64_t end = row + kShortChain < rows ? row + kShortChain : rows; row < end; ++row) {
-          chain = chain + Elements::load(a + row * a_row + j, lanes);
+    constexpr int64_t kRowsAtOnce = 8;
+    static_assert(kShortChain % kRowsAtOnce == 0);
+    alignas(64) Scalar chain[kStripColumns + 16];
+    Scalar* const total = out(task_.sums);
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce, a += kRowsAtOnce * a_row) {
+      const int64_t n = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce, place = first % kShortChain;
+      const bool ends = place + kRowsAtOnce == kShortChain || first + n == rows;
+      for (int64_t j = 0; j < size; j += L) {
+        const int lanes = size - j < L ? static_cast<int>(size - j) : L;
+        V sum = place == 0 ? V::zero() : V::load(chain + j);
+        for (int64_t row = 0; row < n; ++row) sum = sum + Elements::load(a + row * a_row + j, lanes);
+        if (!ends) {
+          sum.store(chain + j);
+        } else {
+          (first < kShortChain ? V::zero() + sum : V::load(total + j) + sum).store(total + j);
         }
-        total = total + chain;
       }
-      total.store(out(task_.sums) + j);
     }
   }
 

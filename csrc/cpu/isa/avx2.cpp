@@ -32,9 +32,9 @@ struct FloatAvx2 {
   static FloatAvx2 min(FloatAvx2 a, FloatAvx2 b) { return {_mm256_min_ps(a.v, b.v)}; }
   static FloatAvx2 max(FloatAvx2 a, FloatAvx2 b) { return {_mm256_max_ps(a.v, b.v)}; }
   // `shifted` holds the integer n in its low bits: (n + 127) moved into the exponent.
-  static FloatAvx2 exp2(FloatAvx2, FloatAvx2 shifted) {
-    const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(127));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
+  static FloatAvx2 negated(FloatAvx2 x) { return {-x.v}; }
+  static FloatAvx2 exp2(FloatAvx2 shifted) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23))};
   }
   static FloatAvx2 relu(FloatAvx2 x) { return max(zero(), x); }
   static FloatAvx2 where_positive(FloatAvx2 y, FloatAvx2 d) {
@@ -90,9 +90,9 @@ struct DoubleAvx2 {
   static DoubleAvx2 fma(DoubleAvx2 a, DoubleAvx2 b, DoubleAvx2 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static DoubleAvx2 min(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_min_pd(a.v, b.v)}; }
   static DoubleAvx2 max(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_max_pd(a.v, b.v)}; }
-  static DoubleAvx2 exp2(DoubleAvx2, DoubleAvx2 shifted) {
-    const __m256i biased = _mm256_add_epi64(_mm256_castpd_si256(shifted.v), _mm256_set1_epi64x(1023));
-    return {_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52))};
+  static DoubleAvx2 negated(DoubleAvx2 x) { return {-x.v}; }
+  static DoubleAvx2 exp2(DoubleAvx2 shifted) {
+    return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52))};
   }
   static DoubleAvx2 relu(DoubleAvx2 x) { return max(zero(), x); }
   static DoubleAvx2 where_positive(DoubleAvx2 y, DoubleAvx2 d) {

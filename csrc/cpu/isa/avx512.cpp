@@ -27,7 +27,10 @@ struct DoubleAvx512 {
   static DoubleAvx512 fma(DoubleAvx512 a, DoubleAvx512 b, DoubleAvx512 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static DoubleAvx512 min(DoubleAvx512 a, DoubleAvx512 b) { return {_mm512_min_pd(a.v, b.v)}; }
   static DoubleAvx512 max(DoubleAvx512 a, DoubleAvx512 b) { return {_mm512_max_pd(a.v, b.v)}; }
-  static DoubleAvx512 exp2(DoubleAvx512 n, DoubleAvx512) { return {_mm512_scalef_pd(_mm512_set1_pd(1.0), n.v)}; }
+  static DoubleAvx512 negated(DoubleAvx512 x) { return {-x.v}; }
+  static DoubleAvx512 exp2(DoubleAvx512 shifted) {
+    return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52))};
+  }
   static DoubleAvx512 relu(DoubleAvx512 x) { return max(zero(), x); }
   static DoubleAvx512 where_positive(DoubleAvx512 y, DoubleAvx512 d) {
     return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y.v, _mm512_setzero_pd(), _CMP_NLE_UQ), d.v)};

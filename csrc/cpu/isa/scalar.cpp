@@ -14,12 +14,12 @@ struct Bits;
 template <>
 struct Bits<float> {
   using Integer = uint32_t;
-  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr int kMantissa = 23;
 };
 template <>
 struct Bits<double> {
   using Integer = uint64_t;
-  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr int kMantissa = 52;
 };
 
 template <class T>
@@ -43,10 +43,11 @@ struct Single {
   static Single min(Single a, Single b) { return {a.v < b.v ? a.v : b.v}; }
   static Single max(Single a, Single b) { return {a.v > b.v ? a.v : b.v}; }
   // `shifted` holds the integer n in its low bits: n plus the bias moved into the exponent.
-  static Single exp2(Single, Single shifted) {
+  static Single negated(Single x) { return {-x.v}; }
+  static Single exp2(Single shifted) {
     typename Bits<T>::Integer bits;
     __builtin_memcpy(&bits, &shifted.v, sizeof(T));
-    bits = (bits + Bits<T>::kBias) << Bits<T>::kMantissa;
+    bits <<= Bits<T>::kMantissa;
     T scale;
     __builtin_memcpy(&scale, &bits, sizeof(T));
     return {scale};
