@@ -25,9 +25,9 @@ class ForwardSteps {
   using Element = typename Elements::Element;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kBufferRows = 48;  // 12 KiB of sums: in the first-level cache beside a part of a panel
-  // Pieces of the cell's math side by side, so that one waits for another's divisions: a cell of two gates has too few
-  // of its own to fill the time (minimal gated unit, H 64 and 128: three together are 3 % faster than two or four).
-  static constexpr int kAtOnce = V::kRegisters >= 32 ? (G == 2 ? 3 : 2) : 1;
+  // Pieces of the cell's math side by side, so that one waits for another's divisions. Four are no faster, for no cell
+  // (H 64 and 128, Ice Lake).
+  static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
   // Where a cell has one gradient for both, it knows x and r as their sum alone: products in bfloat16 then go on from
   // the input gates to the recurrent ones in one sum, to which the cell adds b_hh.
   static constexpr bool kSummed = Elements::kRounds && Cell::kInput == Cell::kRecurrent;
@@ -223,12 +223,6 @@ class ForwardSteps {
     for (; j + K <= n; j += K) {
       activate_pieces<K, kNoisy>(places, row, unit, row_step, unit_step);
       row += K * row_step, unit += K * unit_step;
-    }
-    if constexpr (K > 2) {
-      if (j + 2 <= n) {
-        activate_pieces<2, kNoisy>(places, row, unit, row_step, unit_step);
-        j += 2, row += 2 * row_step, unit += 2 * unit_step;
-      }
     }
     if constexpr (K > 1) {
       if (j < n) activate_pieces<1, kNoisy>(places, row, unit, row_step, unit_step);
