@@ -96,12 +96,18 @@ class CellModule(nn.Module):
 
     def _layer_weights(self, layer: int) -> list[Tensor | None]:
         """Read at every call: a parametrization or functional_call may have replaced them."""
+        stems = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+        if self.cell.parameters:
+            stems.append("weight_unit")
+        parameters = self._parameters  # looked at first: torch.nn.Module finds an attribute in .5 us
         weights: list[Tensor | None] = []
         for suffix in self._suffixes(layer):
-            weights += [getattr(self, "weight_ih" + suffix), getattr(self, "weight_hh" + suffix)]
-            weights += [getattr(self, stem + suffix) if self.bias else None for stem in ("bias_ih", "bias_hh")]
-            if self.cell.parameters:
-                weights.append(getattr(self, "weight_unit" + suffix))
+            for stem in stems:
+                weight = None
+                if self.bias or stem not in ("bias_ih", "bias_hh"):
+                    weight = parameters.get(stem + suffix)
+                    weight = getattr(self, stem + suffix) if weight is None else weight
+                weights.append(weight)
         return weights
 
     def forward(
@@ -173,7 +179,7 @@ class CellModule(nn.Module):
             own = slice(layer * directions, (layer + 1) * directions)
             x, *ends = self.cell.layer(
                 x,
-                [state[own] for state in states],
+                [state[own] for state in states] if self.num_layers > 1 else states,
                 self._layer_weights(layer),
                 lengths=lengths,
                 reset=reset,
