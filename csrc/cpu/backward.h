@@ -42,10 +42,9 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     }
   }
 
-  // sums (+)= terms [k0, k1) of d_r[t_before] * W_hh for m rows and one panel. `ahead`: what the tile fetches, or null.
-  void recur(int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums, const Scalar* ahead = nullptr) {
+  // sums (+)= terms [k0, k1) of d_r[t_before] * W_hh for m rows and one panel. `args` come with what the tile fetches.
+  void recur(int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums, TileArgs<Scalar> args = {}) {
     const int nv = static_cast<int>(states_.width(panel));
-    TileArgs<Scalar> args{};
     args.k = k1 - k0;
     args.chain = kChain;
     args.a = in(task_.d_gates);
@@ -54,7 +53,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     args.a_step = 1;
     args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H + k0 * nv * L;
     args.init = k0 ? sums : nullptr;
-    args.ahead = ahead;
     args.out = sums;
     args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
@@ -101,6 +99,15 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         int64_t k0 = 0;
         do {
           const int64_t k1 = k_size - k0 < kPass ? k_size : k0 + kPass;
+          // While at work on a part of a panel of W_hh, the tiles fetch the part that follows or the next panel's
+          // first.
+          const Ahead ahead(q - q0, k1 - k0, nv * static_cast<int64_t>(L * sizeof(Scalar)));
+          const Scalar* following = nullptr;
+          if (!layer_.P && k1 < k_size) {
+            following = in(task_.w_hh) + states_.first(p) * L * k_size + k1 * nv * L;
+          } else if (!layer_.P && j + 1 < last - first_of_all) {
+            following = in(task_.w_hh) + states_.first(next) * L * k_size;
+          }
           for (int64_t tile = q0; tile < q; ++tile) {
             const int64_t first = from + tiles.first(tile);
             const int m = static_cast<int>(from + tiles.first(tile + 1) - first);
@@ -108,8 +115,9 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
             if (layer_.P) {
               unproject(t, first, m, p, k0, k1, sums);
             } else {
-              const bool fetches = tile - q0 < nv && (k1 < k_size || j + 1 < last - first_of_all);
-              recur(first, m, p, k0, k1, sums, fetches ? ahead(p, next, k0, k1, k_size, tile - q0) : nullptr);
+              TileArgs<Scalar> args{};
+              ahead.set(args, tile - q0, following);
+              recur(first, m, p, k0, k1, sums, args);
             }
           }
           k0 = k1;
@@ -118,16 +126,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         differentiate(t, begin, row, p);
       }
     }
-  }
-
-  // What the tile fetches while it works on terms [k0, k1) of a panel of W_hh: the terms that follow, or the first ones
-  // of the next panel; of those the share of the q-th tile.
-  const Scalar* ahead(int64_t panel, int64_t next, int64_t k0, int64_t k1, int64_t k_size, int64_t q) const {
-    const int64_t share = q * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar));
-    if (k1 < k_size) {
-      return in(task_.w_hh) + states_.first(panel) * L * k_size + k1 * states_.width(panel) * L + share;
-    }
-    return in(task_.w_hh) + states_.first(next) * L * k_size + share;
   }
 
   // sums (+)= terms [k0, k1) of d_h[t] * W_hr for m rows and one panel of units.

@@ -225,12 +225,17 @@ class BackwardSteps {
 
   // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
   struct Row {
-    int64_t row, t;                         // of the states; time
-    const Scalar *gates, *cells, *d_cells;  // d_cells, d_y: may be null
-    const Before* before;                   // c (or h) before the step
-    const Element *y, *d_y;                 //
-    Scalar *d_state, *d_c;                  //
-    Element *d_gates, *cell_h;              // cell_h: wanted if not null
+    int64_t row, t;  // row of the states; time
+    const Scalar *gates, *cells;
+    const Before* before;  // c (or h) before the step
+    const Element* y;
+    Scalar* d_c;
+    Element* d_gates;
+    // Null where there is none:
+    const Scalar* d_cells;
+    const Element* d_y;
+    Scalar* d_state;
+    Element* cell_h;
   };
 
   Row row_at(int64_t t, int64_t row) const {
@@ -272,10 +277,6 @@ class BackwardSteps {
     }
   }
 
-  struct Piece {
-    int64_t unit;
-  };
-
   // The units of K blocks of a row from `first` on.
   template <int K, bool kBlends>
   inline __attribute__((always_inline)) void differentiate_blocks(const Row& at, const Scalar* sums, int64_t first) {
@@ -283,15 +284,11 @@ class BackwardSteps {
     W d_next[Cell::kStates], saved[Cell::kSaved + 1], prev[Cell::kStates], next[Cell::kStates];
     W d[Cell::kStored], d_prev[Cell::kStates], parameters[Cell::kParameters + 1];
     const int64_t H = layer_.H;
-    Piece pieces[K];
     int lanes[K];
-    unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const int64_t unit = pieces[j.value].unit = first + j.value * L;
-      lanes[j.value] = H - unit < L ? static_cast<int>(H - unit) : L;
-    });
-    load_parameters<Cell>(in(forward_.parameters), H, pieces, parameters);
+    load_parameters<Cell>(in(forward_.parameters), H, first, L, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const int64_t unit = first + j.value * L;
+      lanes[j.value] = H - unit < L ? static_cast<int>(H - unit) : L;
       V d_h = V::load(sums + j.value * L);
       if (at.d_state) d_h = d_h + V::load(at.d_state + unit);
       if (at.d_y) d_h = d_h + Elements::load(at.d_y + unit, lanes[j.value]);
@@ -352,8 +349,8 @@ class BackwardSteps {
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       unroll<Cell::kStates>([&](auto s) __attribute__((always_inline)) {
         const Strided& zoneout = s.value == 0 ? layer_.zoneout_h : layer_.zoneout_c;
-        const int64_t column =
-            task_.direction * layer_.H + first + j.value * L;  // of h only without a projection: R = H
+        // Of h only without a projection: R = H.
+        const int64_t column = task_.direction * layer_.H + first + j.value * L;
         const bool blended = zoneout.data && !(s.value == 0 && layer_.P);
         keep[s.value].v[j.value] = blended ? kept(zoneout, at.t, at.row, column, lanes[j.value]) : V::zero();
       });

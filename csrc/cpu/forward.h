@@ -21,7 +21,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   using typename Steps::Scalar;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
-  static constexpr int64_t kRowBytes = 256 * 1024;
+  static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
@@ -133,11 +133,13 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         args.w = panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
         args.init = in(task_.b_ih) + block * G * L;
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
+        const Ahead ahead(tiles.tiles, layer_.I, nv * kVectorBytes);
+        const Scalar* const following =
+            p + 1 < last_panel_ && !(lazy_ && first) ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
         for (int64_t j = 0; j < tiles.tiles; ++j) {
           const int64_t row = begin + tiles.first(j);
           args.a = a + row * args.a_row;
-          const bool fetches = p + 1 < last_panel_ && j < nv && !(lazy_ && first);
-          args.ahead = fetches ? panel_line(task_.w_ih, p + 1, layer_.I, j) : nullptr;
+          ahead.set(args, j, following);
           args.out = x_gates + tiles.first(j) * x_gates_row_;
           Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
         }
@@ -210,9 +212,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // Two steps: packing again what the cache did not keep is cheaper than writing it to memory and reading it back.
   bool repacks() const { return layer_.T <= 2; }
 
-  // Where the j-th share of k cache lines of a panel begins: the tile fetches one line for each k.
-  const Scalar* panel_line(const void* packed, int64_t panel, int64_t k, int64_t j) const {
-    return in(packed) + (units_.first(panel) * G * L + j * static_cast<int64_t>(64 / sizeof(Scalar))) * k;
+  const Scalar* packed_panel(const void* packed, int64_t panel, int64_t k) const {
+    return in(packed) + units_.first(panel) * G * L * k;
   }
 
   // One step of n rows, whose input gates begin at row `at` of the chunk. Panels are walked upwards in even steps and
@@ -245,13 +246,15 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       args.out_row = np * nv * L;
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
+      const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
+      const bool fetches = j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
+      const Scalar* const following = fetches ? packed_panel(task_.w_hh, which ? p - pair : p + pair, r_) : nullptr;
       for (int64_t q = 0; q < tiles.tiles;) {
         const int64_t begin = tiles.first(q);
         int64_t end = begin;
         for (int64_t next; q < tiles.tiles && (next = tiles.first(q + 1)) - begin <= kBufferRows; end = next, ++q) {
           args.a = h + end * h_row_;
-          const bool fetches = q < np * nv && j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
-          args.ahead = fetches ? panel_line(task_.w_hh, which ? p - pair : p + pair, r_, q) : nullptr;
+          ahead.set(args, q, following);
           args.out = buffer_ + (end - begin) * args.out_row;
           for (int64_t row = end; row < next; ++row) {
             fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);

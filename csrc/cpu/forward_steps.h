@@ -185,11 +185,12 @@ class ForwardSteps {
   // Where the cell of one step reads and writes: what is the same for all rows and units. A copy on the stack of the
   // one function that uses it, for after every store a compiler reads members again.
   struct Places {
-    const Scalar *r, *x, *h_before;  // r: of the first row and unit; x: of the first row of the step, without kSummed
+    const Scalar *r, *x, *h_before;  // r: of the first row and unit; x: of the first row of the step, but for kSummed
     Scalar *h_after, *c, *cells, *gates;
     Element *y, *operand;
-    int64_t t, which, first, unit, r_row;                        // of r: the row and the unit, and the size of a row
-    int64_t H, h_row, c_row, x_row, y_row, index, index_stride;  // index: row of y, gates and cells of the row `first`
+    int64_t t, which, first, unit, r_row;           // of r: the first row and unit, and the size of a row
+    int64_t H, h_row, c_row, x_row, x_unit, y_row;  // x_unit: the first of x
+    int64_t index, index_stride;                    // row of y, gates and cells of the row `first`
     bool ordered, whole, projected;
   };
 
@@ -200,7 +201,7 @@ class ForwardSteps {
                                                int which) {
     Places places;
     places.r = buffer_;
-    places.x = in(task_.x_gates) + at * x_gates_row_ - first_unit_ * G;
+    places.x = in(task_.x_gates) + at * x_gates_row_, places.x_unit = first_unit_;
     places.h_before = in(task_.h[which]), places.h_after = out(task_.h[which ^ 1]);
     places.c = out(task_.c), places.cells = out(direction_.cells), places.gates = out(direction_.gates);
     places.y = elements(layer_.y) + task_.direction * r_, places.operand = elements(task_.masked_h[which ^ 1]);
@@ -298,7 +299,7 @@ class ForwardSteps {
       if (places.ordered) piece.index = rows_.index(places.t, piece.row);
       piece.lanes = places.H - piece.unit < L ? static_cast<int>(places.H - piece.unit) : L;
     });
-    load_parameters<Cell>(in(direction_.parameters), layer_.H, pieces, parameters);
+    load_parameters<Cell>(in(direction_.parameters), places.H, unit, unit_step, parameters);
     unroll<K>([&](auto j) __attribute__((always_inline)) {
       const Piece& piece = pieces[j.value];
       const Scalar* const r = places.r + (piece.row - places.first) * places.r_row + (piece.unit - places.unit) * G;
@@ -306,7 +307,8 @@ class ForwardSteps {
       if constexpr (kSummed) {
         x = in(task_.b_hh) + piece.unit * G;
       } else {
-        x = places.x + (places.whole ? rows_.batch(piece.row) : piece.row) * places.x_row + piece.unit * G;
+        x = places.x + (places.whole ? rows_.batch(piece.row) : piece.row) * places.x_row +
+            (piece.unit - places.x_unit) * G;
       }
       unroll<G>([&](auto g) __attribute__((always_inline)) {
         xs[g.value].v[j.value] = V::load(x + g.value * L);

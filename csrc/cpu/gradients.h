@@ -19,6 +19,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   using Weights::d_row_, Weights::join, Weights::layer_, Weights::mask_rows_, Weights::r_, Weights::share;
   using Weights::G, Weights::L, Weights::in, Weights::out, Weights::task_;
   static constexpr int kTileRows = Tiles<V>::kRows4;
+  static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
   static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
@@ -202,6 +203,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     args.w_panel = 0;
     args.init_row = args.out_row = whole ? I : nv * L;
     const RowTiles tiles(end - row, Tiles<V>::rows(nv));
+    const Ahead ahead(tiles.tiles, k1 - k0, nv * kVectorBytes);
     for (int64_t q = 0; q < tiles.tiles; ++q) {
       const int64_t first = row + tiles.first(q);
       const int m = static_cast<int>(row + tiles.first(q + 1) - first);
@@ -213,7 +215,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
       if (whole && !start) {
         for (int j = 0; j < m; ++j) fetch(d_x + j * I, nv * L);
       }
-      args.ahead = next && q < nv ? next + q * (k1 - k0) * static_cast<int64_t>(64 / sizeof(Scalar)) : nullptr;
+      ahead.set(args, q, next);
       args.out = whole ? d_x : buffer_;
       args.init = start ? nullptr : args.out;
       if (!whole && !start) {
@@ -282,14 +284,13 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
       args.w = operand.packed + column * rows;
       args.init_row = args.out_row = whole ? panels.n : nv * L;
       args.a = in(task_.strip);
-      for (int64_t row = 0; row < size; row += kTileRows, args.a += kStripTile) {
+      const Ahead ahead((size + kTileRows - 1) / kTileRows, rows, nv * kVectorBytes);
+      for (int64_t row = 0, q = 0; row < size; row += kTileRows, ++q, args.a += kStripTile) {
         const int m = size - row < kTileRows ? static_cast<int>(size - row) : kTileRows;
         Scalar* d_w = operand.d_w + (w_row + row) * panels.n + column;
         args.out = whole ? d_w : buffer_;
         args.init = start ? nullptr : args.out;
-        args.ahead = p + 1 < panels.count && row < nv * kTileRows ? operand.packed + panels.first(p + 1) * L * rows +
-                                                                        row / kTileRows * rows * (64 / sizeof(Scalar))
-                                                                  : nullptr;
+        ahead.set(args, q, p + 1 < panels.count ? operand.packed + panels.first(p + 1) * L * rows : nullptr);
         if (whole) {
           for (int j = 0; j < m; ++j) fetch(d_w + j * panels.n, nv * L);
         }

@@ -7,19 +7,21 @@
 namespace fastrnn {
 namespace cpu {
 
-// all [kParameters*H], block after block -> those of each piece's units, zero past H.
-template <class Cell, class V, int K, class Piece>
-FASTRNN_INLINE void load_parameters(const typename V::Scalar* all, int64_t H, const Piece* pieces, Group<V, K>* to) {
+// all [kParameters*H], block after block -> those of the units of K pieces, zero past H; the units of the first piece
+// begin at `first`, those of the next `step` further on.
+template <class Cell, class V, int K>
+FASTRNN_INLINE void load_parameters(const typename V::Scalar* all, int64_t H, int64_t first, int64_t step,
+                                    Group<V, K>* to) {
   if constexpr (Cell::kParameters > 0) {
     unroll<K>([&](auto j) __attribute__((always_inline)) {
-      const int64_t unit = pieces[j.value].unit;
+      const int64_t unit = first + j.value * step;
       const int lanes = H - unit < V::kLanes ? static_cast<int>(H - unit) : V::kLanes;
       unroll<Cell::kParameters>([&](auto k) __attribute__((always_inline)) {
         to[k.value].v[j.value] = load_lanes<V>(all + k.value * H + unit, lanes);
       });
     });
   } else {
-    (void)all, (void)H, (void)pieces, (void)to;
+    (void)all, (void)H, (void)first, (void)step, (void)to;
   }
 }
 
