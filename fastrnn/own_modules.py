@@ -96,18 +96,18 @@ class CellModule(nn.Module):
 
     def _layer_weights(self, layer: int) -> list[Tensor | None]:
         """Read at every call: a parametrization or functional_call may have replaced them."""
-        stems = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-        if self.cell.parameters:
-            stems.append("weight_unit")
         parameters = self._parameters  # looked at first: torch.nn.Module finds an attribute in .5 us
+
+        def find(name: str) -> Tensor:
+            parameter = parameters.get(name)
+            return getattr(self, name) if parameter is None else parameter
+
         weights: list[Tensor | None] = []
         for suffix in self._suffixes(layer):
-            for stem in stems:
-                weight = None
-                if self.bias or stem not in ("bias_ih", "bias_hh"):
-                    weight = parameters.get(stem + suffix)
-                    weight = getattr(self, stem + suffix) if weight is None else weight
-                weights.append(weight)
+            weights += [find("weight_ih" + suffix), find("weight_hh" + suffix)]
+            weights += [find("bias_ih" + suffix), find("bias_hh" + suffix)] if self.bias else [None, None]
+            if self.cell.parameters:
+                weights.append(find("weight_unit" + suffix))
         return weights
 
     def forward(

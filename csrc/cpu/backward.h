@@ -17,7 +17,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
   using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
-  static constexpr int64_t kPass = 1024;
+  static constexpr int64_t kPass = 1024, kVectorBytes = L * sizeof(Scalar);
 
  public:
   explicit BackwardSweep(const BackwardTask& task) : Steps(task, Cell::kStored * task.layer->forward.H) {}
@@ -99,15 +99,9 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         int64_t k0 = 0;
         do {
           const int64_t k1 = k_size - k0 < kPass ? k_size : k0 + kPass;
-          // While at work on a part of a panel of W_hh, the tiles fetch the part that follows or the next panel's
-          // first.
-          const Ahead ahead(q - q0, k1 - k0, nv * static_cast<int64_t>(L * sizeof(Scalar)));
-          const Scalar* following = nullptr;
-          if (!layer_.P && k1 < k_size) {
-            following = in(task_.w_hh) + states_.first(p) * L * k_size + k1 * nv * L;
-          } else if (!layer_.P && j + 1 < last - first_of_all) {
-            following = in(task_.w_hh) + states_.first(next) * L * k_size;
-          }
+          const Ahead ahead(q - q0, k1 - k0, nv * kVectorBytes);
+          const Scalar* const after =
+              layer_.P ? nullptr : read_after(p, j + 1 < last - first_of_all ? next : -1, q < tiles.tiles, k1, k_size);
           for (int64_t tile = q0; tile < q; ++tile) {
             const int64_t first = from + tiles.first(tile);
             const int m = static_cast<int>(from + tiles.first(tile + 1) - first);
@@ -116,7 +110,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
               unproject(t, first, m, p, k0, k1, sums);
             } else {
               TileArgs<Scalar> args{};
-              ahead.set(args, tile - q0, following);
+              ahead.set(args, tile - q0, after);
               recur(first, m, p, k0, k1, sums, args);
             }
           }
@@ -126,6 +120,16 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         differentiate(t, begin, row, p);
       }
     }
+  }
+
+  // What the tiles fetch while they work on the terms of a panel of W_hh before k1: what is read after them. `next`:
+  // the panel that follows, -1 for none; `again`: more rows meet this panel first, of which a single part is still
+  // there.
+  const Scalar* read_after(int64_t panel, int64_t next, bool again, int64_t k1, int64_t k_size) const {
+    const Scalar* const begin = in(task_.w_hh) + states_.first(panel) * L * k_size;
+    if (k1 < k_size) return begin + k1 * states_.width(panel) * L;
+    if (again) return k_size > kPass ? begin : nullptr;
+    return next < 0 ? nullptr : in(task_.w_hh) + states_.first(next) * L * k_size;
   }
 
   // sums (+)= terms [k0, k1) of d_h[t] * W_hr for m rows and one panel of units.

@@ -226,16 +226,12 @@ class BackwardSteps {
   // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
   struct Row {
     int64_t row, t;  // row of the states; time
-    const Scalar *gates, *cells;
+    // Null where the cell or the call has none.
+    const Scalar *gates, *cells, *d_cells;
     const Before* before;  // c (or h) before the step
-    const Element* y;
-    Scalar* d_c;
-    Element* d_gates;
-    // Null where there is none:
-    const Scalar* d_cells;
-    const Element* d_y;
-    Scalar* d_state;
-    Element* cell_h;
+    const Element *y, *d_y;
+    Scalar *d_state, *d_c;  // d_state: not with a projection, whose d_h comes whole through W_hr
+    Element *d_gates, *cell_h;
   };
 
   Row row_at(int64_t t, int64_t row) const {

@@ -182,13 +182,15 @@ class ForwardSteps {
     return in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ + (unit - first_unit_) * G;
   }
 
-  // Where the cell of one step reads and writes: what is the same for all rows and units. A copy on the stack of the
-  // one function that uses it, for after every store a compiler reads members again.
+  // Where the cell of one step reads and writes: what is the same for all rows and units. A copy on the stack of
+  // activate_rows, whose readers are inlined: after every store a compiler reads members of *this again.
   struct Places {
-    const Scalar *r, *x, *h_before;  // r: of the first row and unit; x: of the first row of the step, but for kSummed
+    const Scalar *r, *x,
+        *h_before;  // r: of the first row and unit; x: of the first row of the step, as x_gates() (not with kSummed)
     Scalar *h_after, *c, *cells, *gates;
     Element *y, *operand;
-    int64_t t, which, first, unit, r_row;           // of r: the first row and unit, and the size of a row
+    int which;
+    int64_t t, first, unit, r_row;                  // of r: the first row and unit, and the size of a row
     int64_t H, h_row, c_row, x_row, x_unit, y_row;  // x_unit: the first of x
     int64_t index, index_stride;                    // row of y, gates and cells of the row `first`
     bool ordered, whole, projected;
@@ -199,7 +201,7 @@ class ForwardSteps {
   template <int kTogether, bool kNoisy>
   __attribute__((noinline)) void activate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks, int64_t at,
                                                int which) {
-    Places places;
+    Places places{};
     places.r = buffer_;
     places.x = in(task_.x_gates) + at * x_gates_row_, places.x_unit = first_unit_;
     places.h_before = in(task_.h[which]), places.h_after = out(task_.h[which ^ 1]);
@@ -342,7 +344,7 @@ class ForwardSteps {
         }
         if constexpr (kNoisy) {
           if (Elements::kRounds || direction_.h_mask) {
-            store_operand(h, piece.row, piece.unit, lanes, lanes, static_cast<int>(places.which ^ 1));
+            store_operand(h, piece.row, piece.unit, lanes, lanes, places.which ^ 1);
           }
         }
       }
@@ -373,6 +375,7 @@ class ForwardSteps {
       }
     });
   }
+
   const ForwardTask& task_;
   const LayerForward& layer_;
   const DirectionForward& direction_;

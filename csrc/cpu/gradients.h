@@ -22,9 +22,9 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
   static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
   static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
-  static constexpr int64_t kStripTile = kTileRows * kSumRows + 16;
+  static constexpr int64_t kStripTile = kTileRows * kSumRows + kOverread;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
-  static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0 && L <= kOverread);
+  static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);
 
  public:
   explicit Gradients(const GradientTask& task) : Weights(task, Cell::kStored * task.layer->forward.H) {}
@@ -263,7 +263,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
         return task_.weight_parts->pack_turned(a, a_row, rows, columns, static_cast<Bfloat16*>(task_.strip));
       }
     }
-    pack_strip<V, kTileRows>(a, a_row, rows, columns, kStripTile, out(task_.strip));
+    pack_strip<kTileRows>(a, a_row, rows, columns, kStripTile, out(task_.strip));
   }
 
   void product(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, bool start) {

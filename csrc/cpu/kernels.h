@@ -102,7 +102,7 @@ struct GradientTask {
 constexpr int64_t kSumRows = 256;
 // Columns of the gate gradients that are packed at a time for the weight gradients.
 constexpr int64_t kStripColumns = 192;
-// pack_strip copies whole vectors: it may read so many elements past an array, less one vector's, 16.
+// pack_strip copies 16, 32 or 64 bytes at a time: it may read up to so many elements past an array.
 constexpr int64_t kOverread = 16;
 // Elements of a packed strip, for tiles of 3 rows or more (gradients.h asserts it).
 constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3) * 16 + 8 * kSumRows;

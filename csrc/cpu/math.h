@@ -58,7 +58,7 @@ inline __attribute__((always_inline)) V expm1_reduced(V r, double) {
   return V::fma(r2, q, r);
 }
 
-// scale = 2^n and p with exp(x) = scale * (1 + p); |x| must keep 2^n normal.
+// scale = 2^n and p with exp(x) = scale * (1 + p); |x| must keep 2^n normal: beyond that the exponent wraps.
 template <class V>
 inline __attribute__((always_inline)) V reduced_exp(V x, V* scale) {
   using C = ExpConstants<typename V::Scalar>;

@@ -40,8 +40,8 @@ struct TileArgs {
   int64_t w_panel;
   const Scalar* init;  // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
   int64_t init_row;
-  const char* ahead;   // what is fetched into the second-level cache from here on, null: nothing; of each k
-  int64_t ahead_step;  // so many bytes
+  const char* ahead;   // fetched into the second-level cache while the tile runs, a line for each k; null: nothing
+  int64_t ahead_step;  // bytes from the line of one k to that of the next, 64 or less
   Scalar* out;         // [M] rows of [NP*NV][lanes], out_row elements apart
   int64_t out_row;
 };
@@ -192,6 +192,8 @@ struct RowTiles {
 // way from the third-level cache takes a place among the dozen that the tile's own lines pass through: the slower they
 // come, the better, and up to four times as many tiles take part as it would take at a line a term (LSTM, B = 64, Ice
 // Lake: forward 1.04 to 1.09 times as fast at H = 512, 1.12 to 1.18 at 1024).
+// With few tiles the last part of the panel is left out; a narrower panel than this one is overrun, which fetches in
+// vain.
 struct Ahead {
   int64_t k, step, shares;  // terms of a tile, bytes of a term, tiles that fetch
   Ahead(int64_t tiles, int64_t k_, int64_t bytes_a_term) : k(k_), step(64), shares((bytes_a_term + 63) / 64) {

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "elements.h"
+#include "kernels.h"
 #include "layer.h"
 #include "parts.h"
 
@@ -142,17 +143,16 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t 
 // apart. Whole powers of two of bytes are copied: what runs over is overwritten by the next row, or lies in the slack
 // behind the tile; as much is read past the last column. Eight rows of a tile at a time: with all tiles of one row in
 // turn every copy would go to another page (LSTM of 512 units, B = 32, Ice Lake: the backward takes 6 % longer).
-template <class V, int m>
-void pack_strip(const typename V::Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int64_t strip_tile,
-                typename V::Scalar* strip) {
+template <int m, class Scalar>
+void pack_strip(const Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int64_t strip_tile, Scalar* strip) {
   constexpr int64_t kRowsAtOnce = 8;
-  constexpr size_t size = m * sizeof(*a), copied = size <= 16 ? 16 : size <= 32 ? 32 : 64;
-  static_assert(size <= copied);
+  constexpr size_t kSize = m * sizeof(Scalar), kCopied = kSize <= 16 ? 16 : kSize <= 32 ? 32 : 64;
+  static_assert(kSize <= kCopied && kCopied / sizeof(Scalar) <= kOverread);
   for (int64_t first = 0; first < rows; first += kRowsAtOnce, a += kRowsAtOnce * a_row, strip += kRowsAtOnce * m) {
     const int64_t n = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
-    typename V::Scalar* to = strip;
+    Scalar* to = strip;
     for (int64_t column = 0; column < columns; column += m, to += strip_tile) {
-      for (int64_t row = 0; row < n; ++row) __builtin_memcpy(to + row * m, a + row * a_row + column, copied);
+      for (int64_t row = 0; row < n; ++row) __builtin_memcpy(to + row * m, a + row * a_row + column, kCopied);
     }
   }
 }

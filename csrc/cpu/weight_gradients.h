@@ -145,8 +145,8 @@ class WeightGradients {
     }
   }
 
-  // Sums of `size` columns, eight rows at a time: column by column every element would come from another cache line, of
-  // which few fit where rows are a power of two apart.
+  // Sums of `size` columns in chains of kShortChain rows, ascending. Eight rows at a time: column by column every
+  // element would come from another cache line, of which few fit where rows are a power of two apart.
   void sum(const Element* a, int64_t a_row, int64_t rows, int64_t size) {
     constexpr int64_t kRowsAtOnce = 8;
     static_assert(kShortChain % kRowsAtOnce == 0);
@@ -157,12 +157,12 @@ class WeightGradients {
       const bool ends = place + kRowsAtOnce == kShortChain || first + n == rows;
       for (int64_t j = 0; j < size; j += L) {
         const int lanes = size - j < L ? static_cast<int>(size - j) : L;
-        V sum = place == 0 ? V::zero() : V::load(chain + j);
-        for (int64_t row = 0; row < n; ++row) sum = sum + Elements::load(a + row * a_row + j, lanes);
+        V part = place == 0 ? V::zero() : V::load(chain + j);
+        for (int64_t row = 0; row < n; ++row) part = part + Elements::load(a + row * a_row + j, lanes);
         if (!ends) {
-          sum.store(chain + j);
+          part.store(chain + j);
         } else {
-          (first < kShortChain ? V::zero() + sum : V::load(total + j) + sum).store(total + j);
+          (first < kShortChain ? part : V::load(total + j) + part).store(total + j);
         }
       }
     }

@@ -31,8 +31,8 @@ struct FloatAvx2 {
   // Both return b where a or b is NaN.
   static FloatAvx2 min(FloatAvx2 a, FloatAvx2 b) { return {_mm256_min_ps(a.v, b.v)}; }
   static FloatAvx2 max(FloatAvx2 a, FloatAvx2 b) { return {_mm256_max_ps(a.v, b.v)}; }
-  // `shifted` holds the integer n in its low bits: (n + 127) moved into the exponent.
   static FloatAvx2 negated(FloatAvx2 x) { return {-x.v}; }
+  // The low bits of what math.h rounded hold n plus the bias: moved into the exponent.
   static FloatAvx2 exp2(FloatAvx2 shifted) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23))};
   }

@@ -50,7 +50,8 @@ struct FloatLanes {
   static FloatLanes min(FloatLanes a, FloatLanes b) { return {_mm512_min_ps(a.v, b.v)}; }
   static FloatLanes max(FloatLanes a, FloatLanes b) { return {_mm512_max_ps(a.v, b.v)}; }
   static FloatLanes negated(FloatLanes x) { return {-x.v}; }  // where it is an operand of fma it costs nothing
-  // 2^n of what math.h rounded. scalef takes two slots and five times as long.
+  // The low bits of what math.h rounded hold n plus the bias: moved into the exponent. scalef would take two slots and
+  // five times as long.
   static FloatLanes exp2(FloatLanes shifted) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23))};
   }

@@ -42,8 +42,8 @@ struct Single {
   // Both return b where a or b is NaN.
   static Single min(Single a, Single b) { return {a.v < b.v ? a.v : b.v}; }
   static Single max(Single a, Single b) { return {a.v > b.v ? a.v : b.v}; }
-  // `shifted` holds the integer n in its low bits: n plus the bias moved into the exponent.
   static Single negated(Single x) { return {-x.v}; }
+  // The low bits of what math.h rounded hold n plus the bias: moved into the exponent.
   static Single exp2(Single shifted) {
     typename Bits<T>::Integer bits;
     __builtin_memcpy(&bits, &shifted.v, sizeof(T));
