@@ -15,8 +15,8 @@ namespace cpu {
 namespace {  // compiled once per instruction set: nothing that is not a template on V may be shared
 
 // n units in blocks of `lanes`, the blocks in panels of nearly equal width, at most `most` blocks each. The sweeps ask
-// for panels at every step: where all are alike, as they are in a cell of three or four gates, they do not wait for a
-// division.
+// for panels at every step: where all are alike, as they are forward in a cell of three or four gates, they do not wait
+// for a division.
 struct Panels {
   int64_t n, lanes, blocks, count;
   Panels(int64_t units, int64_t lanes_, int64_t most)
@@ -142,7 +142,7 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t 
 // Columns [0, columns) of a [rows, a_row] -> tiles of `m` columns, tile after tile [row][m], `strip_tile` elements
 // apart. Whole powers of two of bytes are copied: what runs over is overwritten by the next row, or lies in the slack
 // behind the tile; as much is read past the last column. Eight rows of a tile at a time: with all tiles of one row in
-// turn every copy would go to another page (LSTM of 512 units, B = 32, Ice Lake: the backward takes 6 % longer).
+// turn every copy would go to another page (LSTM of 128 to 512 units, Ice Lake: the backward takes 1 % longer).
 template <int m, class Scalar>
 void pack_strip(const Scalar* a, int64_t a_row, int64_t rows, int64_t columns, int64_t strip_tile, Scalar* strip) {
   constexpr int64_t kRowsAtOnce = 8;
