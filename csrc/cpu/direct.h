@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The product of a few rows with weights as they lie in memory, for a call too short to pay for packing (forward.h).
-// A block of V::kLanes rows of the weights is turned over in registers, a few columns at a time, and feeds the same
-// sums in the same order as the tile of matmul.h: the bits are those of the packed product.
+// The product of a few rows with weights as they lie in memory: for a call too short to pay for packing, and for the
+// first step of a longer one, which packs them besides (forward.h). A block of V::kLanes rows of the weights is turned
+// over in registers, some columns at a time, and feeds the same sums in the same order as the tile of matmul.h: the
+// bits are those of the packed product.
 #pragma once
 #include "matmul.h"
 
@@ -19,43 +20,80 @@ struct DirectArgs {
   const Scalar* init;  // [N][lanes], the same for every row
   Scalar* out;         // [M] rows of [N][lanes], out_row elements apart
   int64_t out_row;
+  // Where kPacks:
+  Scalar* packed[2];   // the panel of each piece, [k] rows packed_row elements apart
+  int64_t packed_row;  //
+  bool passes_caches;  // panels are stored past the caches, which do not hold them anyway
 };
 
+template <class V>
+constexpr bool kCanStream = requires(V v, typename V::Scalar* to) { v.stream(to); };
+
 // out[m][n] = init[n] + sum over k of a[m][k] * w[n][:][k]     m < M rows, n < N pieces of V::kLanes weight rows
-template <class V, int M, int N>
+// kPacks: and the pieces go to their panels.
+template <class V, int M, int N, bool kPacks>
 __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>& t) {
   using Scalar = typename V::Scalar;
-  constexpr int L = V::kLanes, C = V::kColumns;
+  constexpr int L = V::kLanes;
+  constexpr bool kHalfLines = kHasHalfLines<V>;
   const Scalar* a = t.a;
-  const int64_t a_row = t.a_row, w_row = t.w_row;
+  const int64_t a_row = t.a_row, w_row = t.w_row, packed_row = t.packed_row;
   const Scalar* w[N];
-  unroll<N>([&](auto n) __attribute__((always_inline)) { w[n.value] = t.w[n.value]; });
-  // A quarter of the rows' lines, 64 terms ahead: 5 to 18 % faster than without (Granite Rapids). Two pieces whose rows
-  // are 4 KB apart share one set of the first-level cache, where more lines would drive out those in use (14 % slower).
+  Scalar* packed[N];
+  unroll<N>([&](auto n)
+                __attribute__((always_inline)) { w[n.value] = t.w[n.value], packed[n.value] = t.packed[n.value]; });
+  const bool streams = t.passes_caches;
+  // A quarter of the rows' lines, 64 terms ahead: 5 to 18 % faster than without (AVX2). Two pieces whose rows are 4 KB
+  // apart share one set of the first-level cache, where more lines would drive out those in use (14 % slower). With
+  // half lines it would be 5 to 20 % slower: so many rows at once keep the hardware's own prefetching busy.
   const int64_t ahead = N == 2 && w_row * static_cast<int64_t>(sizeof(Scalar)) % 4096 == 0 ? 0 : 64;
   const Scalar* from = t.init;
   int64_t from_row = 0;
   for (int64_t left = t.k;;) {
     V acc[M * N];
     unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
-    for (int64_t k = left < t.chain ? left : t.chain; k > 0; k -= C) {
-      unroll<N>([&](auto n) __attribute__((always_inline)) {
-        V column[C];
+    int64_t k = left < t.chain ? left : t.chain;
+    // The next columns of piece n.
+    const auto add = [&](auto n, auto columns) __attribute__((always_inline)) {
+      constexpr int C = decltype(columns)::value;
+      V column[C];
+      if constexpr (C == V::kColumns) {
         V::columns(w[n.value], w_row, column);
-        if constexpr (L >= 4) {
-          const Scalar* row = w[n.value] + ahead + (k / C & 3) * (L / 4) * w_row;
-          unroll<L / 4>([&](auto j)
-                            __attribute__((always_inline)) { __builtin_prefetch(row + j.value * w_row, 0, 3); });
-        }
-        unroll<C>([&](auto c) __attribute__((always_inline)) {
-          unroll<M>([&](auto m) __attribute__((always_inline)) {
-            const V s = V::broadcast(a[m.value * a_row + c.value]);
-            acc[m.value * N + n.value] = V::fma(s, column[c.value], acc[m.value * N + n.value]);
+      } else {
+        V::half_lines(w[n.value], w_row, column);
+      }
+      if constexpr (!kHalfLines && L >= 4) {
+        const Scalar* row = w[n.value] + ahead + (k / C & 3) * (L / 4) * w_row;
+        unroll<L / 4>([&](auto j) __attribute__((always_inline)) { __builtin_prefetch(row + j.value * w_row, 0, 3); });
+      }
+      if constexpr (kPacks) {
+        Scalar* const to = packed[n.value];
+        if (kCanStream<V> && streams) {
+          unroll<C>([&](auto c) __attribute__((always_inline)) {
+            if constexpr (kCanStream<V>) column[c.value].stream(to + c.value * packed_row);
           });
+        } else {
+          unroll<C>([&](auto c) __attribute__((always_inline)) { column[c.value].store(to + c.value * packed_row); });
+        }
+        packed[n.value] = to + C * packed_row;
+      }
+      unroll<C>([&](auto c) __attribute__((always_inline)) {
+        unroll<M>([&](auto m) __attribute__((always_inline)) {
+          const V s = V::broadcast(a[m.value * a_row + c.value]);
+          acc[m.value * N + n.value] = V::fma(s, column[c.value], acc[m.value * N + n.value]);
         });
-        w[n.value] += C;
       });
-      a += C;
+      w[n.value] += C;
+    };
+    if constexpr (kHalfLines) {
+      for (; k >= V::kHalfLine; k -= V::kHalfLine) {
+        unroll<N>([&](auto n) __attribute__((always_inline)) { add(n, Index<V::kHalfLine>{}); });
+        a += V::kHalfLine;
+      }
+    }
+    for (; k > 0; k -= V::kColumns) {
+      unroll<N>([&](auto n) __attribute__((always_inline)) { add(n, Index<V::kColumns>{}); });
+      a += V::kColumns;
     }
     Scalar* out = t.out;
     unroll<M>([&](auto m) __attribute__((always_inline)) {
@@ -80,11 +118,13 @@ struct DirectTiles {
   static constexpr int kPaired = V::kRegisters >= 32 ? 2 : 1;  // two rows would spill with 16 registers
   static constexpr int pieces(int m) { return m <= kPaired ? 2 : 1; }
 
+  template <bool kPacks>
   static Function get(int m, int n) {
-    static constexpr Function one[kMostRows] = {direct_tile<V, 1, 1>, direct_tile<V, 2, 1>, direct_tile<V, 3, 1>,
-                                                direct_tile<V, 4, 1>, direct_tile<V, 5, 1>, direct_tile<V, 6, 1>,
-                                                direct_tile<V, 7, 1>, direct_tile<V, 8, 1>};
-    static constexpr Function two[2] = {direct_tile<V, 1, 2>, direct_tile<V, kPaired, 2>};
+    static constexpr Function one[kMostRows] = {direct_tile<V, 1, 1, kPacks>, direct_tile<V, 2, 1, kPacks>,
+                                                direct_tile<V, 3, 1, kPacks>, direct_tile<V, 4, 1, kPacks>,
+                                                direct_tile<V, 5, 1, kPacks>, direct_tile<V, 6, 1, kPacks>,
+                                                direct_tile<V, 7, 1, kPacks>, direct_tile<V, 8, 1, kPacks>};
+    static constexpr Function two[2] = {direct_tile<V, 1, 2, kPacks>, direct_tile<V, kPaired, 2, kPacks>};
     return n == 2 ? two[m - 1] : one[m - 1];
   }
 };

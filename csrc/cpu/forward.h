@@ -22,10 +22,23 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
+  // What packing the weights costs grows with their size, and what it gains at a later step does not: calls of T steps
+  // of one or two rows read them in place where they have T^2 times this many bytes. LSTM, B = 1, packed -> in place
+  // (Ice Lake): T = 3, H = 256 227 -> 145 us, H = 512 1072 -> 665; T = 5, H = 512 1260 -> 1008, H = 1024 8.5 -> 6.0 ms;
+  // even at T = 7, 13 and 25.
+  static constexpr int64_t kInPlaceBytes = 64 * 1024;
+  // A larger W_hh comes from far at every step, and packing it would only drive other things out of the caches. Fetched
+  // ahead also by tiles of one to three rows, and packed past the caches by the first step: LSTM, H = 1024, B = 1, T =
+  // 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains.
+  static constexpr int64_t kFarBytes = 8 * 1024 * 1024;
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
-      : Steps(task), lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)) {}
+      : Steps(task),
+        lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
+        far_(recurrent_bytes(layer_.H) > kFarBytes),
+        in_place_(lazy_ && (repacks() || (rows_.count() <= 2 && layer_.T * layer_.T * kInPlaceBytes <=
+                                                                    recurrent_bytes(end_unit_ - first_unit_)))) {}
 
  private:
   void pack() {
@@ -62,16 +75,16 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     return place;
   }
 
-  // Whether the product of n rows of k terms with the panels [p, p + count) reads the weights where they lie: a call of
-  // one or two steps does not earn back the packing, and whole blocks can be turned over in registers.
-  bool reads_in_place(int64_t n, int64_t k, int64_t p, int64_t count) const {
-    return lazy_ && repacks() && n <= DirectTiles<V>::kMostRows && k % V::kColumns == 0 &&
-           units_.first(p + count) * L <= layer_.H;
+  // Whether the product of n rows of k terms with the panels [p, p + count) can read the weights where they lie: whole
+  // blocks of them are turned over in registers.
+  bool can_read_in_place(int64_t n, int64_t k, int64_t p, int64_t count) const {
+    return lazy_ && n <= DirectTiles<V>::kMostRows && k % V::kColumns == 0 && units_.first(p + count) * L <= layer_.H;
   }
 
-  // to[n rows][pieces] = bias + rows * w for the `pieces` pieces (a block of units, one gate) from panel p on.
+  // to[n rows][pieces] = bias + rows * w for the `pieces` pieces (a block of units, one gate) from panel p on, which go
+  // to `packed` besides, if there is one.
   void product_in_place(const void* w, const void* bias, int64_t p, int pieces, const Scalar* a, int64_t a_row,
-                        int64_t n, int64_t k, Scalar* to, int64_t to_row) const {
+                        int64_t n, int64_t k, Scalar* to, int64_t to_row, Scalar* packed) const {
     const int most = DirectTiles<V>::pieces(static_cast<int>(n));
     DirectArgs<Scalar> args{};
     args.k = k;
@@ -80,16 +93,39 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     args.a_row = a_row;
     args.w_row = k;
     args.out_row = to_row;
+    const int64_t width = units_.width(p) * G;  // pieces of a panel
+    args.packed_row = width * L;
+    args.passes_caches = far_;
     for (int piece = 0; piece < pieces; piece += most) {
       const int count = pieces - piece < most ? 1 : most;
       for (int j = 0; j < count; ++j) {
-        const int64_t gate = (piece + j) % G, unit = (units_.first(p) + (piece + j) / G) * L;
-        args.w[j] = in(w) + (gate * layer_.H + unit) * k;
+        args.w[j] = source(w, p, piece + j, k);
+        const int64_t panel = (piece + j) / width, column = (piece + j) % width;
+        args.packed[j] = packed ? packed + (panel * width * k + column) * L : nullptr;
       }
       args.init = in(bias) + (units_.first(p) * G + piece) * L;
       args.out = to + piece * L;
-      DirectTiles<V>::get(static_cast<int>(n), count)(args);
+      if (packed) {
+        DirectTiles<V>::template get<true>(static_cast<int>(n), count)(args);
+      } else {
+        DirectTiles<V>::template get<false>(static_cast<int>(n), count)(args);
+      }
     }
+  }
+
+  // Where w holds a piece of panel p: V::kLanes rows of k elements.
+  const Scalar* source(const void* w, int64_t p, int64_t piece, int64_t k) const {
+    return in(w) + (piece % G * layer_.H + (units_.first(p) + piece / G) * L) * k;
+  }
+
+  // Lets the q-th tile of a panel fetch its share of what panel p will be packed from.
+  void set_ahead_of_packing(TileArgs<Scalar>& args, int64_t q, int64_t tiles, const void* w, int64_t p,
+                            int64_t pieces) const {
+    const int shift = tiles >= 4 * pieces ? 2 : tiles >= 2 * pieces ? 1 : 0;  // one, two or four tiles to a piece
+    const int64_t piece = q >> shift, part = q - (piece << shift), step = kVectorBytes >> shift;
+    if (piece >= pieces) return;
+    args.ahead = reinterpret_cast<const char*>(source(w, p, piece, args.k)) + part * args.k * step;
+    args.ahead_step = step;
   }
 
   // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them.
@@ -125,21 +161,22 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         const int64_t block = units_.first(p);
         const bool first = s == 0 && begin == 0;
         Scalar* const x_gates = out(task_.x_gates) + begin * x_gates_row_ + (block * L - first_unit_) * G;
-        if (reads_in_place(rows, layer_.I, p, 1)) {
+        if (repacks() && can_read_in_place(rows, layer_.I, p, 1)) {
           product_in_place(direction_.w_ih, task_.b_ih, p, nv, a + begin * args.a_row, args.a_row, rows, layer_.I,
-                           x_gates, x_gates_row_);
+                           x_gates, x_gates_row_, nullptr);
           continue;
         }
         args.w = panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
         args.init = in(task_.b_ih) + block * G * L;
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
         const Ahead ahead(tiles.tiles, layer_.I, nv * kVectorBytes);
-        const Scalar* const following =
-            p + 1 < last_panel_ && !(lazy_ && first) ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
+        const bool fetches = p + 1 < last_panel_, packed = !(lazy_ && first);
+        const Scalar* const following = fetches && packed ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
         for (int64_t j = 0; j < tiles.tiles; ++j) {
           const int64_t row = begin + tiles.first(j);
           args.a = a + row * args.a_row;
           ahead.set(args, j, following);
+          if (fetches && !packed) set_ahead_of_packing(args, j, tiles.tiles, direction_.w_ih, p + 1, nv);
           args.out = x_gates + tiles.first(j) * x_gates_row_;
           Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
         }
@@ -209,17 +246,31 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
-  // Two steps: packing again what the cache did not keep is cheaper than writing it to memory and reading it back.
+  int64_t recurrent_bytes(int64_t units) const { return units * G * r_ * static_cast<int64_t>(sizeof(Scalar)); }
+
+  // One or two steps: packing again what the cache did not keep is cheaper than writing it to memory and reading it
+  // back.
   bool repacks() const { return layer_.T <= 2; }
 
   const Scalar* packed_panel(const void* packed, int64_t panel, int64_t k) const {
     return in(packed) + units_.first(panel) * G * L * k;
   }
 
-  // One step of n rows, whose input gates begin at row `at` of the chunk. Panels are walked upwards in even steps and
-  // downwards in odd ones: what was read last is still in the cache.
+  // One step of n rows, whose input gates begin at row `at` of the chunk.
   void step(int64_t s, int64_t t, int64_t n, int64_t at) {
     if (n == 0) return;
+    if (lazy_ && (s == 0 || in_place_)) {
+      walk<true>(s, t, n, at);
+    } else {
+      walk<false>(s, t, n, at);
+    }
+    if (layer_.P) project_h(t, n, s & 1);
+  }
+
+  // The panels of one step, upwards in even steps and downwards in odd ones: what was read last is still in the cache.
+  // kUnpacked: the weights are read where they lie, or packed now.
+  template <bool kUnpacked>
+  void walk(int64_t s, int64_t t, int64_t n, int64_t at) {
     const int which = s & 1;
     const Scalar* h = in(task_.masked_h[which]);
     TileArgs<Scalar> args{};
@@ -235,26 +286,31 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       const int np = p + pair <= last_panel_ ? pair : 1;
       const int nv = static_cast<int>(units_.width(p)) * G;
       const int64_t block = units_.first(p);
-      if (reads_in_place(n, r_, p, np)) {
-        product_in_place(direction_.w_hh, task_.b_hh, p, np * nv, h, h_row_, n, r_, buffer_, np * nv * L);
-        activate(t, 0, static_cast<int>(n), block, np * nv / G, at, which);
-        continue;
+      if constexpr (kUnpacked) {
+        if (can_read_in_place(n, r_, p, np)) {
+          Scalar* const place = in_place_ ? nullptr : out(task_.w_hh) + units_.first(p) * G * L * r_;
+          product_in_place(direction_.w_hh, task_.b_hh, p, np * nv, h, h_row_, n, r_, buffer_, np * nv * L, place);
+          activate(t, 0, static_cast<int>(n), block, np * nv / G, at, which);
+          continue;
+        }
       }
-      args.w = panel(direction_.w_hh, task_.w_hh, r_, p, np, s == 0 || repacks(), repacks());
+      args.w = panel(direction_.w_hh, task_.w_hh, r_, p, np, kUnpacked && (s == 0 || repacks()), repacks());
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;
       args.out_row = np * nv * L;
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
       const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
-      const bool fetches = j + 1 < groups && !(lazy_ && (s == 0 || repacks()));
-      const Scalar* const following = fetches ? packed_panel(task_.w_hh, which ? p - pair : p + pair, r_) : nullptr;
+      const bool fetches = j + 1 < groups && (np == 1 || far_);
+      const int64_t next_panel = which ? p - pair : p + pair;
+      const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
       for (int64_t q = 0; q < tiles.tiles;) {
         const int64_t begin = tiles.first(q);
         int64_t end = begin;
         for (int64_t next; q < tiles.tiles && (next = tiles.first(q + 1)) - begin <= kBufferRows; end = next, ++q) {
           args.a = h + end * h_row_;
           ahead.set(args, q, following);
+          if (kUnpacked && fetches) set_ahead_of_packing(args, q, tiles.tiles, direction_.w_hh, next_panel, np * nv);
           args.out = buffer_ + (end - begin) * args.out_row;
           for (int64_t row = end; row < next; ++row) {
             fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);
@@ -264,7 +320,6 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
       }
     }
-    if (layer_.P) project_h(t, n, which);
   }
 
   // h = W_hr * (o * tanh(c))
@@ -293,7 +348,9 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
-  const bool lazy_;  // panels are packed at their first use
+  const bool lazy_;      // panels are packed at their first use
+  const bool far_;       // W_hh, of all threads together, does not stay in the second-level cache by far
+  const bool in_place_;  // steps read W_hh where it lies
 };
 
 template <class Cell, class V>

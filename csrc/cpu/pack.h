@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layer.h"
 #include "parts.h"
+#include "unroll.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -32,32 +33,49 @@ struct Panels {
 
 }  // namespace
 
+// Whether this lane class turns over half a cache line of every row at a time, beside the few columns of V::columns.
+template <class V>
+constexpr bool kHasHalfLines = requires(const typename V::Scalar* from, V* column) { V::half_lines(from, 0, column); };
+
 // w [G*H, K], a row per gate and unit -> for each panel of [p0, p1), one behind the other, [k][block][gate][lanes],
 // zero past H.
 template <class V, int G>
 void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panels, int64_t p0, int64_t p1,
                 typename V::Scalar* packed) {
-  constexpr int L = V::kLanes;
+  using Scalar = typename V::Scalar;
+  constexpr int L = V::kLanes, C = V::kColumns;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), step = width * G * L;
-    typename V::Scalar* panel = packed + (panels.first(p) - panels.first(p0)) * G * L * k_size;
+    Scalar* panel = packed + (panels.first(p) - panels.first(p0)) * G * L * k_size;
     for (int64_t block = 0; block < width; ++block) {
       for (int g = 0; g < G; ++g) {
         const int64_t unit = (panels.first(p) + block) * L;
-        const typename V::Scalar* from = w + (g * panels.n + unit) * k_size;
-        typename V::Scalar* to = panel + (block * G + g) * L;
+        const Scalar* from = w + (g * panels.n + unit) * k_size;
+        Scalar* to = panel + (block * G + g) * L;
         const int64_t rows = panels.n - unit < L ? panels.n - unit : L;
+        const auto store = [&](const V* column, int64_t first, int n) __attribute__((always_inline)) {
+          for (int c = 0; c < n; ++c) column[c].store(to + (first + c) * step);
+        };
         int64_t k = 0;
-        if (rows == L) {
-          for (; k + V::kColumns <= k_size; k += V::kColumns) {
-            V column[V::kColumns];
-            V::columns(from + k, k_size, column);
-            for (int c = 0; c < V::kColumns; ++c) column[c].store(to + (k + c) * step);
+        if constexpr (kHasHalfLines<V>) {
+          for (; rows == L && k + V::kHalfLine <= k_size; k += V::kHalfLine) {
+            V column[V::kHalfLine];
+            V::half_lines(from + k, k_size, column);
+            store(column, k, V::kHalfLine);
           }
+        }
+        Scalar whole[L * C]{};  // the last units and rows of zero
+        for (; k + C <= k_size; k += C) {
+          for (int64_t lane = 0; rows < L && lane < rows; ++lane) {
+            __builtin_memcpy(whole + lane * C, from + lane * k_size + k, C * sizeof(Scalar));
+          }
+          V column[C];
+          V::columns(rows < L ? whole : from + k, rows < L ? C : k_size, column);
+          store(column, k, C);
         }
         for (int64_t lane = 0; lane < L; ++lane) {
           for (int64_t rest = k; rest < k_size; ++rest) {
-            to[rest * step + lane] = lane < rows ? from[lane * k_size + rest] : typename V::Scalar(0);
+            to[rest * step + lane] = lane < rows ? from[lane * k_size + rest] : Scalar(0);
           }
         }
       }

@@ -17,6 +17,7 @@ struct DoubleAvx512 {
   static DoubleAvx512 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static DoubleAvx512 load_partial(const double* p, int n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void stream(double* p) const { _mm512_stream_pd(p, v); }
   void store_partial(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
   static DoubleAvx512 broadcast(double a) { return {_mm512_set1_pd(a)}; }
   static DoubleAvx512 zero() { return {_mm512_setzero_pd()}; }
@@ -57,6 +58,22 @@ struct DoubleAvx512 {
     });
     column[0].v = _mm512_unpacklo_pd(a[0], a[1]);
     column[1].v = _mm512_unpackhi_pd(a[0], a[1]);
+  }
+
+  static constexpr int kHalfLine = 4;  // as there, rows two apart
+  static void half_lines(const double* from, int64_t from_row, DoubleAvx512* column) {
+    __m512d a[4];  // rows 0 and 2, 1 and 3, 4 and 6, 5 and 7
+    unroll<4>([&](auto j) __attribute__((always_inline)) {
+      const double* row = from + (j.value / 2 * 4 + j.value % 2) * from_row;
+      const __m512d one = _mm512_castpd256_pd512(_mm256_loadu_pd(row));
+      a[j.value] = _mm512_insertf64x4(one, _mm256_loadu_pd(row + 2 * from_row), 1);
+    });
+    const __m512d low02 = _mm512_unpacklo_pd(a[0], a[1]), low13 = _mm512_unpackhi_pd(a[0], a[1]);
+    const __m512d high02 = _mm512_unpacklo_pd(a[2], a[3]), high13 = _mm512_unpackhi_pd(a[2], a[3]);
+    column[0].v = _mm512_shuffle_f64x2(low02, high02, 0x88);
+    column[1].v = _mm512_shuffle_f64x2(low13, high13, 0x88);
+    column[2].v = _mm512_shuffle_f64x2(low02, high02, 0xdd);
+    column[3].v = _mm512_shuffle_f64x2(low13, high13, 0xdd);
   }
 
  private:
