@@ -23,10 +23,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
   // What packing the weights costs grows with their size, and what it gains at a later step does not: calls of T steps
-  // of one or two rows read them in place where they have T^2 times this many bytes. LSTM, B = 1, packed -> in place
-  // (Ice Lake): T = 3, H = 256 227 -> 145 us, H = 512 1072 -> 665; T = 5, H = 512 1260 -> 1008, H = 1024 8.5 -> 6.0 ms;
-  // even at T = 7, 13 and 25.
-  static constexpr int64_t kInPlaceBytes = 64 * 1024;
+  // of one or two rows read them in place where they have T^2 times this many bytes. LSTM, B = 1, time packed by the
+  // first step over that in place (Ice Lake): H = 256, T = 3, 4 1.08, .99; H = 512, T = 3, 5, 8, 12 1.56, 1.36, 1.20,
+  // .93; H = 1024, T = 4, 8, 12, 16 1.18, 1.08, 1.00, .96.
+  static constexpr int64_t kInPlaceBytes = 80 * 1024;
   // A larger W_hh comes from far at every step, and packing it would only drive other things out of the caches. Fetched
   // ahead also by tiles of one to three rows, and packed past the caches by the first step: LSTM, H = 1024, B = 1, T =
   // 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains.
