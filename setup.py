@@ -51,7 +51,8 @@ ISA_FLAGS = {
     "amx_parts": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }  # -Wno-uninitialized: GCC 12 warns of the undefined operands inside its own avx512fintrin.h
 # The only files that see torch.
-TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "module", "cpu/layer", "derivative", "own_cell", "prepacked")]
+TORCH_SOURCES = [f"csrc/{name}.cpp" for name in ("ops", "module", "derivative", "own_cell", "prepacked")]
+TORCH_SOURCES += [f"csrc/cpu/{name}.cpp" for name in ("layer", "half")]
 TORCH_SOURCES += [f"csrc/{name}_call.cpp" for name in ("module", "layer", "cell", "direct")]
 CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("device.cpp", "layer.cpp", "sweep.cpp", "kernels.cu")]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?P<name>[<"][^>"]+[>"])', re.MULTILINE)
 TORCH = re.compile(r"^(torch|ATen|c10|pybind11|caffe2)/|^Python\.h$")
 INTRINSICS = re.compile(r"^([a-z]*intrin|arm_\w+)\.h$")
-# Beside csrc/cpu/isa: what the instruction sets can reach; the caller's MXCSR and the pause of a spinning thread.
-INTRINSIC_FILES = {"csrc/cpu/roofline.cpp", "csrc/cpu/run.cpp"}
+# Beside csrc/cpu/isa: what the instruction sets can reach; the caller's MXCSR and the pause of a spinning thread;
+# conversions of 16-bit tensors.
+INTRINSIC_FILES = {"csrc/cpu/roofline.cpp", "csrc/cpu/run.cpp", "csrc/cpu/half.cpp"}
 TORCH_FILES = {"csrc/ops.cpp", "csrc/checks.h", "csrc/arguments.h", "csrc/cpu/layer.cpp", "csrc/cpu/backend.h"}
-TORCH_FILES |= {"csrc/cpu/operands.h"}
+TORCH_FILES |= {"csrc/cpu/operands.h", "csrc/cpu/half.h", "csrc/cpu/half.cpp"}
 TORCH_FILES |= {f"csrc/{name}" for name in ("module.cpp", "schemas.h", "doors.h")}
 TORCH_FILES |= {f"csrc/cuda/{name}" for name in ("layer.cpp", "device.cpp")}
 TORCH_FILES |= {f"csrc/{name}" for name in ("derivative.h", "derivative.cpp", "prepacked.cpp", "call.h", "event.h")}

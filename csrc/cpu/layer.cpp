@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "../arguments.h"
 #include "operands.h"
@@ -105,18 +106,30 @@ Tensor empty_y(const Sizes& s, at::ScalarType type) {
   return s.batch_sizes == nullptr ? empty({s.T, s.B, s.D * s.R}, type) : empty({s.N, s.D * s.R}, type);
 }
 
-// A gradient as the kernels write it: [0] in the given type when it is not wanted, zeros when the batch is empty.
-Tensor gradient(const Tensor* of, bool wanted, const Operands& operands, bool run, at::ScalarType type) {
-  if (of == nullptr || !wanted) return nothing(operands.given());
-  Tensor made = empty(of->sizes(), type);
-  if (!run && made.numel() > 0) std::memset(made.mutable_data_ptr(), 0, made.nbytes());
-  return made;
-}
+// A gradient, and where the kernels write it: in its place, or where it waits for being converted.
+struct Gradient {
+  Tensor made;              // [0] when it is not wanted
+  void* written = nullptr;  // null when it is not wanted
+  bool converts = false;
 
-// Where the kernels write a gradient, null when it is not wanted.
-void* place(const Tensor& gradient, const Tensor* of, bool wanted) {
-  return of != nullptr && wanted ? gradient.mutable_data_ptr() : nullptr;
-}
+  // `type`: what the kernels write; `filled`: they do, else it is zero.
+  Gradient(const Tensor* of, bool wanted, Operands& operands, bool filled, at::ScalarType type) {
+    if (of == nullptr || !wanted) {
+      made = nothing(operands.given());
+      return;
+    }
+    made = empty(of->sizes(), operands.given());
+    converts = type != operands.given();
+    written = converts ? operands.room(made.numel()) : made.mutable_data_ptr();
+    const int64_t bytes = made.numel() * (converts ? operands.bytes() : static_cast<int64_t>(made.element_size()));
+    if (!filled) std::memset(written, 0, static_cast<size_t>(bytes));
+  }
+
+  Tensor finished(const Operands& operands) {
+    if (converts) operands.narrow_to(made, written);
+    return std::move(made);
+  }
+};
 
 // Fills in what the backward pass reads, and runs it; `layer` says which gradients of x and of weights are wanted.
 void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Operands& operands, void* d_h0, void* d_c0) {
@@ -153,18 +166,22 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
   const int64_t saved = saved_per_unit(a) * padded(s.H);
 
   LayerResults results;
-  const bool converted = operands.given() != type;
-  results.y = empty_y(s, operands.element());
-  results.h_n = given.h_n.defined() && !converted ? given.h_n : empty({s.D, s.B, s.R}, type);
-  if (two_states) results.c_n = given.c_n.defined() && !converted ? given.c_n : empty({s.D, s.B, s.H}, type);
+  results.y = empty_y(s, operands.given());
+  results.h_n = given.h_n.defined() ? given.h_n : empty({s.D, s.B, s.R}, operands.given());
+  if (two_states) results.c_n = given.c_n.defined() ? given.c_n : empty({s.D, s.B, s.H}, operands.given());
+  // Where the kernels write a result: where it is, or where it waits for being converted. Gates and cells are theirs.
+  const auto place = [&](const Tensor& result, at::ScalarType written) -> void* {
+    if (!result.defined()) return nullptr;
+    return written == operands.given() ? result.mutable_data_ptr() : operands.room(result.numel());
+  };
   if (save && saved != 0) results.gates = empty({s.D, s.N, saved}, type);
   if (save && two_states) results.cells = empty({s.D, s.N, s.H}, type);
 
   if (s.B > 0) {
     LayerForward layer = operands.layer(a, s);
-    layer.y = results.y.mutable_data_ptr();
-    void* const h_n = results.h_n.mutable_data_ptr();
-    void* const c_n = two_states ? results.c_n.mutable_data_ptr() : nullptr;
+    layer.y = place(results.y, operands.element());
+    void* const h_n = place(results.h_n, type);
+    void* const c_n = place(results.c_n, type);
     void* const gates = save && saved != 0 ? results.gates.mutable_data_ptr() : nullptr;
     void* const cells = save && two_states ? results.cells.mutable_data_ptr() : nullptr;
     for (int64_t d = 0; d < s.D; ++d) {
@@ -190,14 +207,11 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
       }
       with_scratch(plan.scratch_bytes, [&](void* scratch) { run_forward(layer, plan, scratch); });
     }
-  }
-  if (converted) {  // gates and cells keep the type of the kernels
-    const auto back = [&](Tensor& result, const Tensor& place) {
-      result = place.defined() ? place.copy_(result) : result.to(operands.given());
-    };
-    if (operands.element() != operands.given()) back(results.y, given.y);
-    back(results.h_n, given.h_n);
-    if (two_states) back(results.c_n, given.c_n);
+    if (operands.element() != operands.given()) operands.narrow_to(results.y, layer.y);
+    if (type != operands.given()) {
+      operands.narrow_to(results.h_n, h_n);
+      if (two_states) operands.narrow_to(results.c_n, c_n);
+    }
   }
   return results;
 }
@@ -223,14 +237,12 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
                                 std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
 
-  Gradients gradients;
-  int position = 0;
-  // The next gradient of the schema, that of `tensor`: its array, or null when it is not wanted.
+  c10::SmallVector<Gradient, kMaxGradients> made;
+  // The next gradient of the schema, that of `tensor`: where the kernels write it, null when it is not wanted.
   const auto next = [&](const Tensor* tensor, bool filled) {
-    const bool wanted = (b.needs >> position & 1) != 0;
-    const at::ScalarType type = position == 0 ? operands.element() : operands.type();
-    gradients[position] = gradient(tensor, wanted, operands, filled, type);
-    return place(gradients[position++], tensor, wanted);
+    const bool wanted = (b.needs >> made.size() & 1) != 0;
+    const at::ScalarType type = made.empty() ? operands.element() : operands.type();
+    return made.emplace_back(tensor, wanted, operands, filled, type).written;
   };
   const bool two_states = states_per_unit(a) == 2;
   layer.d_x = next(a.x, runs);
@@ -259,9 +271,8 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
     clear_padding(layer.d_x, s, 1, s.I * operands.element_bytes());
   }
   if (runs) run(layer, b, s, operands, d_h0, d_c0);
-  if (operands.given() != operands.type()) {
-    for (int k = 0; k < position; ++k) gradients[k] = gradients[k].to(operands.given());
-  }
+  Gradients gradients;
+  for (size_t k = 0; k < made.size(); ++k) gradients[k] = made[k].finished(operands);
   return gradients;
 }
 
@@ -273,26 +284,24 @@ RowGradients layer_row_gradients(const BackwardArguments& b, const Sizes& s) {
   const auto wanted = [&](int position) { return (b.needs >> position & 1) != 0; };
 
   RowGradients rows;
-  rows.d_x = gradient(a.x, wanted(0), operands, s.B > 0, operands.type());
-  rows.d_h0 = gradient(a.h0, wanted(1), operands, s.B > 0, operands.type());
-  if (lstm) rows.d_c0 = gradient(a.c0, wanted(2), operands, s.B > 0, operands.type());
+  Gradient d_x(a.x, wanted(0), operands, s.B > 0, operands.type());
+  Gradient d_h0(a.h0, wanted(1), operands, s.B > 0, operands.type());
+  Gradient d_c0(lstm ? a.c0 : nullptr, lstm && wanted(2), operands, s.B > 0, operands.type());
   rows.d_gates = empty({s.D, s.N, stored}, operands.type());
   if (lstm) rows.d_h = s.P ? empty({s.D, s.N, s.P}, operands.type()) : nothing(operands.type());
   if (s.B > 0) {
     LayerBackward layer{};
-    layer.d_x = place(rows.d_x, a.x, wanted(0));
+    layer.d_x = d_x.written;
     for (int64_t d = 0; d < s.D; ++d) {
       DirectionBackward& direction = layer.direction[d];
       direction.d_gates = slice(rows.d_gates.mutable_data_ptr(), d, s.N * stored * operands.bytes());
       if (s.P) direction.d_h = slice(rows.d_h.mutable_data_ptr(), d, s.N * s.P * operands.bytes());
     }
-    run(layer, b, s, operands, place(rows.d_h0, a.h0, wanted(1)), lstm ? place(rows.d_c0, a.c0, wanted(2)) : nullptr);
+    run(layer, b, s, operands, d_h0.written, d_c0.written);
   }
-  if (operands.given() != operands.type()) {
-    rows.d_x = rows.d_x.to(operands.given());
-    rows.d_h0 = rows.d_h0.to(operands.given());
-    if (lstm) rows.d_c0 = rows.d_c0.to(operands.given());
-  }
+  rows.d_x = d_x.finished(operands);
+  rows.d_h0 = d_h0.finished(operands);
+  if (lstm) rows.d_c0 = d_c0.finished(operands);
   return rows;
 }
 

@@ -6,11 +6,16 @@
 #include <c10/util/SmallVector.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <utility>
+#include <vector>
 
 #include "../arguments.h"
 #include "flags.h"
+#include "half.h"
 #include "layer.h"
 
 namespace fastrnn {
@@ -29,6 +34,56 @@ inline void* slice(void* data, int64_t direction, int64_t bytes) {
   return data == nullptr ? nullptr : static_cast<char*>(data) + direction * bytes;
 }
 
+// Memory for what calls convert, kept by a thread from call to call as its scratch is, up to kMostKept bytes. Taken and
+// given back like a stack.
+class Room {
+ public:
+  struct Mark {
+    size_t block, used;
+  };
+
+  static Room& of_thread() {
+    static thread_local Room room;
+    return room;
+  }
+
+  Mark mark() const { return {block_, used_}; }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + 2 * kLine - 1) / kLine * kLine;  // a line between pieces, and none of no bytes
+    while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].bytes) ++block_, used_ = 0;
+    if (block_ == blocks_.size()) {
+      const size_t size = bytes < kLeast ? kLeast : bytes;
+      blocks_.push_back({std::unique_ptr<void, Free>(std::aligned_alloc(kLine, size)), size});
+      if (!blocks_.back().memory) {
+        blocks_.pop_back();
+        throw std::bad_alloc();
+      }
+    }
+    used_ += bytes;
+    return static_cast<char*>(blocks_[block_].memory.get()) + used_ - bytes;
+  }
+
+  void give_back(Mark mark) {
+    block_ = mark.block, used_ = mark.used;
+    size_t total = 0;
+    for (const Block& block : blocks_) total += block.bytes;
+    if (block_ == 0 && used_ == 0 && total > kMostKept) blocks_.clear();
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kLeast = 16384, kMostKept = size_t{64} << 20;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes;
+  };
+  std::vector<Block> blocks_;
+  size_t block_ = 0, used_ = 0;  // where the next piece goes
+};
+
 // The tensors of one call as the kernels read them: element type float or double, row-major; with products in bfloat16
 // x, y, h and the weights stay as they are.
 class Operands {
@@ -37,7 +92,11 @@ class Operands {
       : given_(given),
         type_(given == at::kDouble ? at::kDouble : at::kFloat),
         element_(rounded ? at::kBFloat16 : type_),
-        bytes_(type_ == at::kDouble ? 8 : 4) {}
+        bytes_(type_ == at::kDouble ? 8 : 4),
+        mark_(Room::of_thread().mark()) {}
+  Operands(const Operands&) = delete;
+  Operands& operator=(const Operands&) = delete;
+  ~Operands() { Room::of_thread().give_back(mark_); }
 
   // The type of the kernels, of gates, cells and final states; that of x and y; the type of every tensor outside.
   at::ScalarType type() const { return type_; }
@@ -49,16 +108,34 @@ class Operands {
   Strided strided(const Tensor* tensor, at::ScalarType type) {
     if (tensor == nullptr) return Strided{};
     const bool adjacent = tensor->stride(-1) == 1 || tensor->size(-1) == 1;
+    if (adjacent && widens(*tensor, type)) {
+      return Strided{widened(*tensor), tensor->dim() == 3 ? tensor->stride(0) : 0, tensor->stride(-2)};
+    }
     const Tensor& read = readable(*tensor, type) && adjacent ? *tensor : convert(*tensor, type);
     return Strided{read.const_data_ptr(), read.dim() == 3 ? read.stride(0) : 0, read.stride(-2)};
   }
 
   const void* dense(const Tensor* tensor, at::ScalarType type) {
     if (tensor == nullptr) return nullptr;
-    const bool as_it_is = readable(*tensor, type) && tensor->is_contiguous();
-    return as_it_is ? tensor->const_data_ptr() : convert(*tensor, type).const_data_ptr();
+    if (tensor->is_contiguous()) {
+      if (readable(*tensor, type)) return tensor->const_data_ptr();
+      if (widens(*tensor, type)) return widened(*tensor);
+    }
+    return convert(*tensor, type).const_data_ptr();
   }
   const void* dense(const Tensor* tensor) { return dense(tensor, type_); }
+
+  // n elements of the kernels' type, until this object goes.
+  void* room(int64_t n) { return Room::of_thread().take(static_cast<size_t>(n * bytes_)); }
+
+  // `made`, of the given type, becomes what the kernels wrote to `from`; whatever its strides.
+  void narrow_to(Tensor& made, const void* from) const {
+    const auto* floats = static_cast<const float*>(from);
+    if (made.is_contiguous()) return narrow(given_, floats, made.mutable_data_ptr(), made.numel());
+    Tensor whole = empty(made.sizes(), given_);
+    narrow(given_, floats, whole.mutable_data_ptr(), whole.numel());
+    made.copy_(whole);
+  }
 
   // Everything that the forward pass reads; both passes start here.
   LayerForward layer(const LayerArguments& a, const Sizes& s) {
@@ -108,9 +185,26 @@ class Operands {
   }
 
  private:
-  static bool readable(const Tensor& tensor, at::ScalarType type) {
+  static bool is_lazy(const Tensor& tensor) {
     constexpr c10::DispatchKeySet kLazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor};
-    return tensor.scalar_type() == type && !tensor.key_set().has_any(kLazy);
+    return tensor.key_set().has_any(kLazy);
+  }
+
+  static bool readable(const Tensor& tensor, at::ScalarType type) {
+    return tensor.scalar_type() == type && !is_lazy(tensor);
+  }
+
+  static bool widens(const Tensor& tensor, at::ScalarType type) {
+    const at::ScalarType from = tensor.scalar_type();
+    return type == at::kFloat && (from == at::kHalf || from == at::kBFloat16) && !is_lazy(tensor) &&
+           tensor.is_non_overlapping_and_dense();
+  }
+
+  // The elements of a dense tensor in float, in the order of its memory.
+  const void* widened(const Tensor& tensor) {
+    void* const to = room(tensor.numel());
+    widen(tensor.scalar_type(), tensor.const_data_ptr(), static_cast<float*>(to), tensor.numel());
+    return to;
   }
 
   const void* zeros(int64_t n) {
@@ -169,6 +263,7 @@ class Operands {
 
   at::ScalarType given_, type_, element_;
   int64_t bytes_;
+  Room::Mark mark_;
   c10::SmallVector<Tensor, 4> copies_;  // keeps what is not the caller's alive until the kernels are done
 };
 
