@@ -8,7 +8,8 @@ import pytest
 import torch
 from samples import CELLS, GATES
 from torch import Tensor
-from twins import tensors_of
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from twins import tensors_of, twins
 
 from fastrnn import functional
 
@@ -62,10 +63,10 @@ def test_rows_have_the_bits_that_they_have_in_a_larger_batch(cell, T, names, dty
             assert torch.equal(found, whole[:, :rows]), rows
 
 
-# H = 224 and 220 (whose last block of units is not full): W_hh of an LSTM is so large that three steps of one or two
-# rows read it in place; 740: also so large that it is packed past the caches.
+# W_hh of an LSTM of 224 or 220 units (whose last block is not full) is so large that three steps of one or two rows
+# read it in place; that of 740 (GRU: 840) units is also so large that thirteen steps pack it past the caches on AVX-512.
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(("H", "T"), [(224, 3), (220, 3), (740, 3), (740, 13)])
+@pytest.mark.parametrize(("H", "T"), [(224, 3), (220, 3), (740, 13), (840, 13)])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_large_weights_give_the_bits_of_a_larger_batch(cell, H, T, count, threads):
     threads(count)
@@ -73,3 +74,42 @@ def test_large_weights_give_the_bits_of_a_larger_batch(cell, H, T, count, thread
     for rows in (1, 2, 3):
         for found, whole in zip(outputs(cell, T, H, rows, (), torch.float32), expected, strict=True):
             assert torch.equal(found, whole[:, :rows]), rows
+
+
+# Sequences that end after one step, beside longer ones, so that a step has more or fewer rows than the one before: what
+# the first step packed, or did not, must suit all. Torch is the truth, since two calls of ours could share a mistake.
+@pytest.mark.parametrize(
+    ("cell", "H", "lengths"),
+    [
+        ("lstm", 220, [3, 1]),
+        ("lstm", 300, [3, 1]),
+        ("gru", 252, [3, 1]),
+        ("gru", 508, [6, 4]),
+        ("lstm", 64, [2] * 3 + [1] * 13),
+        ("gru", 64, [2] * 8 + [1] * 8),
+        ("lstm", 256, [2] * 5 + [1] * 57),
+        ("lstm", 40, [5] * 2 + [1] * 9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "lengths"])
+def test_steps_with_more_or_fewer_rows_than_the_first(cell, H, lengths, dtype, packs):
+    ours, stock = (module.to(dtype) for module in twins(cell, 24, H, bidirectional=True))
+    x = torch.randn(max(lengths), len(lengths), 24, dtype=dtype)
+    packed = pack_padded_sequence(x, torch.tensor(lengths))
+    expected = stock(packed)[0]
+    leave_nan_behind(dtype)
+    found = ours(packed)[0] if packs else ours(x, lengths=torch.tensor(lengths))[0]
+    if not packs:
+        expected = pad_packed_sequence(expected)[0]
+    torch.testing.assert_close(found.data, expected.data, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def leave_nan_behind(dtype: torch.dtype) -> None:
+    """Fills the memory that this thread keeps from call to call: what was never packed is not what it was before."""
+    poison = twins("lstm", 512, 512)[0].to(dtype)
+    with torch.inference_mode():
+        for value in poison.parameters():
+            value.fill_(float("nan"))
+        assert poison(torch.full((20, 16, 512), float("nan"), dtype=dtype))[0].isnan().all()

@@ -23,7 +23,7 @@ struct DirectArgs {
   // Where kPacks:
   Scalar* packed[2];   // the panel of each piece, [k] rows packed_row elements apart
   int64_t packed_row;  //
-  bool passes_caches;  // panels are stored past the caches, which do not hold them anyway
+  bool passes_caches;  // panels are stored past the caches, which do not hold them anyway, if the lane class can
 };
 
 template <class V>
@@ -43,9 +43,10 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
   unroll<N>([&](auto n)
                 __attribute__((always_inline)) { w[n.value] = t.w[n.value], packed[n.value] = t.packed[n.value]; });
   const bool streams = t.passes_caches;
-  // A quarter of the rows' lines, 64 terms ahead: 5 to 18 % faster than without (AVX2). Two pieces whose rows are 4 KB
-  // apart share one set of the first-level cache, where more lines would drive out those in use (14 % slower). With
-  // half lines it would be 5 to 20 % slower: so many rows at once keep the hardware's own prefetching busy.
+  // A quarter of the rows' lines, 64 terms ahead: 5 to 18 % faster than without (AVX2 code on Granite Rapids). Two
+  // pieces whose rows are 4 KB apart share one set of the first-level cache, where more lines would drive out those in
+  // use (14 % slower). With half lines it would be 5 to 20 % slower (Ice Lake): so many rows at once keep the
+  // hardware's own prefetching busy.
   const int64_t ahead = N == 2 && w_row * static_cast<int64_t>(sizeof(Scalar)) % 4096 == 0 ? 0 : 64;
   const Scalar* from = t.init;
   int64_t from_row = 0;

@@ -22,14 +22,15 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
-  // What packing the weights costs grows with their size, and what it gains at a later step does not: calls of T steps
-  // of one or two rows read them in place where they have T^2 times this many bytes. LSTM, B = 1, time packed by the
-  // first step over that in place (Ice Lake): H = 256, T = 3, 4 1.08, .99; H = 512, T = 3, 5, 8, 12 1.56, 1.36, 1.20,
-  // .93; H = 1024, T = 4, 8, 12, 16 1.18, 1.08, 1.00, .96.
+  // What packing the weights costs grows with their size, and what it gains at a later step does not: T steps of so few
+  // rows that their number does not change how panels are paired read a W_hh in place that has at least T^2 times this
+  // many bytes. LSTM, B = 1, time packed by the first step over that in place (Ice Lake): H = 256, T = 3, 4 1.08, .99;
+  // H = 512, T = 3, 5, 8, 12 1.56, 1.36, 1.20, .93; H = 1024, T = 4, 8, 12, 16 1.18, 1.08, 1.00, .96.
   static constexpr int64_t kInPlaceBytes = 80 * 1024;
-  // A larger W_hh comes from far at every step, and packing it would only drive other things out of the caches. Fetched
-  // ahead also by tiles of one to three rows, and packed past the caches by the first step: LSTM, H = 1024, B = 1, T =
-  // 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains.
+  // A larger W_hh comes from far at every step, and packing it would only drive other things out of the caches. Paired
+  // panels are then fetched ahead too, and a first step that reads in place packs past the caches (AVX-512): LSTM of
+  // 1024 units, B = 1, T = 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains. No fence follows: a
+  // thread reads no panels but its own.
   static constexpr int64_t kFarBytes = 8 * 1024 * 1024;
 
  public:
@@ -37,8 +38,9 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       : Steps(task),
         lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
         far_(recurrent_bytes(layer_.H) > kFarBytes),
-        in_place_(lazy_ && (repacks() || (rows_.count() <= 2 && layer_.T * layer_.T * kInPlaceBytes <=
-                                                                    recurrent_bytes(end_unit_ - first_unit_)))) {}
+        in_place_(lazy_ &&
+                  (repacks() || (rows_.count() <= DirectTiles<V>::kPaired &&
+                                 layer_.T <= recurrent_bytes(end_unit_ - first_unit_) / kInPlaceBytes / layer_.T))) {}
 
  private:
   void pack() {
@@ -159,7 +161,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       for (int64_t p = first_panel_; p < last_panel_; ++p) {
         const int nv = static_cast<int>(units_.width(p)) * G;
         const int64_t block = units_.first(p);
-        const bool first = s == 0 && begin == 0;
+        const bool first = begin == 0 && (s == 0 || repacks());
         Scalar* const x_gates = out(task_.x_gates) + begin * x_gates_row_ + (block * L - first_unit_) * G;
         if (repacks() && can_read_in_place(rows, layer_.I, p, 1)) {
           product_in_place(direction_.w_ih, task_.b_ih, p, nv, a + begin * args.a_row, args.a_row, rows, layer_.I,
@@ -268,7 +270,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   }
 
   // The panels of one step, upwards in even steps and downwards in odd ones: what was read last is still in the cache.
-  // kUnpacked: the weights are read where they lie, or packed now.
+  // kUnpacked: weights are read where they lie, and packed now where they cannot be, or by step 0 alone if it is the
+  // first of more than two.
   template <bool kUnpacked>
   void walk(int64_t s, int64_t t, int64_t n, int64_t at) {
     const int which = s & 1;
@@ -349,7 +352,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   }
 
   const bool lazy_;      // panels are packed at their first use
-  const bool far_;       // W_hh, of all threads together, does not stay in the second-level cache by far
+  const bool far_;       // W_hh, of all threads together, is larger than any second-level cache
   const bool in_place_;  // steps read W_hh where it lies
 };
 

@@ -26,7 +26,8 @@ struct TileArgs {
   int64_t w_panel;
   const Scalar* init;  // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
   int64_t init_row;
-  const char* ahead;   // fetched into the second-level cache while the tile runs, a line for each k; null: nothing
+  const char* ahead;   // fetched into the second-level cache while the tile runs, a line for each k; null: nothing.
+                       // Tiles of a single panel and fewer than 16 sums fetch nothing
   int64_t ahead_step;  // bytes from the line of one k to that of the next, 64 or less
   Scalar* out;         // [M] rows of [NP*NV][lanes], out_row elements apart
   int64_t out_row;
@@ -39,8 +40,8 @@ constexpr int64_t kChain = 256, kShortChain = 128;
 constexpr int64_t kNearBytes = 32 * 1024;
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
-// whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake), and ask only where their caller wishes
-// more lines to be fetched, since the weights come from further away.
+// whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
+// them fetch something, since their lines come from further away then.
 constexpr int kNearTerms = 16;
 
 template <class V, int M, int NV, int NP>

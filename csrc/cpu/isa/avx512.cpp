@@ -60,7 +60,7 @@ struct DoubleAvx512 {
     column[1].v = _mm512_unpackhi_pd(a[0], a[1]);
   }
 
-  static constexpr int kHalfLine = 4;  // as there, rows two apart
+  static constexpr int kHalfLine = 4;  // as in avx512.h, rows two apart
   static void half_lines(const double* from, int64_t from_row, DoubleAvx512* column) {
     __m512d a[4];  // rows 0 and 2, 1 and 3, 4 and 6, 5 and 7
     unroll<4>([&](auto j) __attribute__((always_inline)) {
