@@ -64,7 +64,7 @@ def test_rows_have_the_bits_that_they_have_in_a_larger_batch(cell, T, names, dty
 
 
 # W_hh of an LSTM of 224 or 220 units (whose last block is not full) is so large that three steps of one or two rows
-# read it in place; that of 740 (GRU: 840) units is also so large that thirteen steps pack it past the caches on AVX-512.
+# read it in place; that of 740 (GRU: 840) units is also so large that thirteen steps pack it past the caches (AVX-512).
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("H", "T"), [(224, 3), (220, 3), (740, 13), (840, 13)])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
