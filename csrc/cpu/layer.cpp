@@ -122,7 +122,7 @@ struct Gradient {
     converts = type != operands.given();
     written = converts ? operands.room(made.numel()) : made.mutable_data_ptr();
     const int64_t bytes = made.numel() * (converts ? operands.bytes() : static_cast<int64_t>(made.element_size()));
-    if (!filled) std::memset(written, 0, static_cast<size_t>(bytes));
+    if (!filled && bytes > 0) std::memset(written, 0, static_cast<size_t>(bytes));
   }
 
   Tensor finished(const Operands& operands) {
