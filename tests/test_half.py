@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from twins import CELLS, tensors_of, twins
 
+import fastrnn
+
 pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -32,6 +34,88 @@ def test_forward_is_float32_rounded(cell, sizes, dtype):
     for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([x, x], 2)[:, :, I:]):
         for found, expected in zip(tensors_of(low(given)), tensors_of(wide(given.float())), strict=True):
             assert torch.equal(found, expected.to(dtype))
+
+
+CASES = {  # (T, B, I, H, options): sizes that are read in place, and that are packed
+    "one-step": (1, 1, 64, 64, {}),
+    "one-step-of-eight-rows": (1, 8, 40, 48, {}),
+    "two-steps": (2, 2, 16, 32, {}),
+    "one-step-not-whole": (1, 3, 24, 20, {}),
+    "a-few-steps-of-a-large-layer": (3, 1, 24, 512, {}),
+    "projection": (3, 5, 12, 40, {"proj_size": 24}),
+    "no-bias": (2, 9, 8, 16, {"bias": False}),
+    "many-rows": (3, 70, 33, 24, {}),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_short_and_odd_calls_are_float32_rounded(cell, case, dtype):
+    T, B, I, H, options = CASES[case]  # noqa: E741
+    if "proj_size" in options and cell != "lstm":
+        pytest.skip("LSTM alone has projections")
+    low, wide = pair(cell, dtype, I, H, bidirectional=True, **options)
+    x = torch.randn(T, B, I).to(dtype)
+    with torch.no_grad():
+        expected = [value.to(dtype) for value in tensors_of(wide(x.float()))]
+        for found in (low(x), with_packed_weights(low, x)):
+            for a, b in zip(tensors_of(found), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+def with_packed_weights(module: nn.Module, x: torch.Tensor) -> object:
+    with fastrnn.prepacked(module):
+        return module(x)
+
+
+@DTYPES
+@pytest.mark.parametrize("given", ["lengths", "batch_sizes"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_resets_and_noise_are_those_of_float32_rounded(cell, given, dtype):
+    T, B, I, H = 6, 9, 24, 33  # noqa: E741
+    gates, states = {"lstm": (4, 2), "gru": (3, 1)}.get(cell, (1, 1))
+    rows = (T, B) if given == "lengths" else (30,)
+    numbers = {
+        "x": torch.randn(*rows, I),
+        "state": [torch.randn(2, B, H) for _ in range(states)],
+        "weights": [torch.randn(gates * H, width) / 6 for width in (I, H)],
+        "reverse_weights": [torch.randn(gates * H, width) / 6 for width in (I, H)],
+        "h_mask": (torch.rand(2, B, H) < 0.5) * 2.0,
+        "zoneout_h": torch.rand(*rows, 2 * H),
+    }
+    fixed = {"nonlinearity": cell.removeprefix("rnn_")} if cell.startswith("rnn") else {}
+    if given == "lengths":
+        numbers["reset_state"] = [torch.randn(2, B, H) for _ in range(states)]
+        fixed |= {"lengths": torch.tensor([6, 1, 0, 3, 6, 2, 5, 4, 6]), "reset": torch.rand(T, B) < 0.3}
+    else:
+        fixed |= {"batch_sizes": torch.tensor([9, 7, 5, 4, 3, 2])}
+    function = getattr(fastrnn.functional, cell.partition("_")[0])
+    made = []
+    for wanted in (dtype, torch.float32):
+        cast = {name: [value.to(dtype).to(wanted) for value in tensors_of(many)] for name, many in numbers.items()}
+        arguments = {name: many if "weights" in name else many[0] for name, many in cast.items()}
+        if states == 2:
+            arguments |= {name: tuple(cast[name]) for name in cast if "state" in name}
+        made.append([value.to(dtype) for value in tensors_of(function(**arguments, **fixed))])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize(("T", "B", "sizes"), [(7, 5, (20, 40)), (1, 1, (64, 64)), (30, 70, (9, 17))], ids=str)
+def test_gradients_that_never_meet_the_rounded_y_are_those_of_float32_rounded(T, B, sizes, dtype):
+    low, wide = pair("lstm", dtype, *sizes)
+    x = torch.randn(T, B, sizes[0]).to(dtype)
+    state = [torch.randn(1, B, sizes[1]).to(dtype) for _ in range(2)]
+    d_y = torch.randn(T, B, sizes[1]).to(dtype)
+    made = []
+    for module, given in ((low, dtype), (wide, torch.float32)):
+        leaves = [value.to(given).detach().requires_grad_() for value in (x, *state)]
+        y, _ = module(leaves[0], tuple(leaves[1:]))
+        parameters = [module.weight_ih_l0, module.bias_ih_l0, module.bias_hh_l0]
+        made.append(torch.autograd.grad(y, [*leaves, *parameters], d_y.to(given)))
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b.to(dtype))
 
 
 @DTYPES

@@ -23,7 +23,7 @@ JUMP = re.compile(r"^j\w+\s+(?P<target>[0-9a-f]+)\b")
 MEMORY = re.compile(r"(?:-?0x[0-9a-f]+)?\((?P<base>%\w+)?(?:,%\w+)?(?:,\d)?\)(?P<element>\{1to\d+\})?")
 VECTOR = re.compile(r"%[yz]mm")
 MULTIPLY_ADDS = ("vfmadd", "vfnmadd", "vfmsub", "vfnmsub", "vdpbf16ps")
-PACKS = re.compile(r"\bdirect_tile<.*, true>")
+PACKS = re.compile(r"\bdirect_tile<.*, true, [\w:]+>")
 FRAME = re.compile(r"^mov\s+%rsp,%rbp$")
 
 

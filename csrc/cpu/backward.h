@@ -13,7 +13,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   friend Steps;
   using Steps::backward_, Steps::buffer_, Steps::d_row_, Steps::first_panel_, Steps::forward_, Steps::last_panel_;
   using Steps::differentiate, Steps::fetch_saved, Steps::recurs, Steps::settle;
-  using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out;
+  using Steps::G, Steps::L, Steps::kBufferRows, Steps::given, Steps::in, Steps::out;
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
   using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
@@ -26,18 +26,20 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   void pack() {
     const int64_t H = layer_.H;
     if (recurs()) {
-      const Scalar* w_hh = in(forward_.w_hh);
+      const Given<Scalar> w_hh = given(forward_.w_hh);
       pack_columns<V>(
           [&](int64_t k) {
             const int64_t gate = k / H;
-            return w_hh + (Cell::recurrent_gate(static_cast<int>(gate)) * H + (k - gate * H)) * r_;
+            return w_hh.at((Cell::recurrent_gate(static_cast<int>(gate)) * H + (k - gate * H)) * r_);
           },
-          G * H, states_, pack_first_, pack_last_, out(task_.w_hh) + states_.first(pack_first_) * L * G * H);
+          layer_.conversion, G * H, states_, pack_first_, pack_last_,
+          out(task_.w_hh) + states_.first(pack_first_) * L * G * H);
     }
     if (layer_.P) {
       const int64_t member = task_.team.member, members = task_.team.members;
       const int64_t first = units_.count * member / members, last = units_.count * (member + 1) / members;
-      pack_columns<V>([&](int64_t k) { return in(forward_.w_hr) + k * H; }, layer_.P, units_, first, last,
+      const Given<Scalar> w_hr = given(forward_.w_hr);
+      pack_columns<V>([&](int64_t k) { return w_hr.at(k * H); }, layer_.conversion, layer_.P, units_, first, last,
                       out(task_.w_hr) + units_.first(first) * L * layer_.P);
     }
   }

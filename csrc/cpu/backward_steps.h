@@ -32,6 +32,7 @@ class BackwardSteps {
   using Before = typename Chosen<Cell::kStates == 2, Scalar, Element>::Type;
   static constexpr int L = V::kLanes, G = Cell::kGates;
   static constexpr int kBufferRows = 64, kAtOnce = V::kRegisters >= 32 ? 2 : 1;  // as forward
+  static constexpr bool kConverts = !Elements::kRounds && sizeof(Scalar) == 4;   // likewise
 
   // d_row: elements from one row of d_gates to the next.
   BackwardSteps(const BackwardTask& task, int64_t d_row)
@@ -79,6 +80,19 @@ class BackwardSteps {
   static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
   static const Element* elements(const void* p) { return static_cast<const Element*>(p); }
   static Element* elements(void* p) { return static_cast<Element*>(p); }
+  Given<Element> given(const void* p) const { return {p, layer_.conversion}; }
+
+  // Elements j to j + lanes of an array.
+  V load_elements(const void* p, int64_t j, int lanes) const {
+    if constexpr (kConverts) {
+      if (layer_.conversion) {
+        alignas(64) Scalar room[L]{};
+        layer_.conversion->widen(static_cast<const uint16_t*>(p) + j, room, lanes);
+        return V::load(room);
+      }
+    }
+    return Elements::load(elements(p) + j, lanes);
+  }
 
   // Whether any gradient goes through W_hh.
   bool recurs() const { return layer_.T > 1 || backward_.d_h0 || backward_.d_reset_h; }
@@ -172,8 +186,8 @@ class BackwardSteps {
     d_h = d_h + V::load(d_state);
     V::zero().store(d_state);
     if (task_.layer->d_y) {
-      const Element* d_y = elements(task_.layer->d_y) + rows_.index(t, row) * y_row_ + task_.direction * r_ + unit;
-      d_h = d_h + Elements::load(d_y, lanes);
+      const int64_t at = rows_.index(t, row) * y_row_ + task_.direction * r_ + unit;
+      d_h = d_h + load_elements(task_.layer->d_y, at, lanes);
     }
     if (layer_.zoneout_h.data) {
       const V keep = kept(layer_.zoneout_h, t, row, task_.direction * r_ + unit, lanes);
@@ -202,7 +216,13 @@ class BackwardSteps {
       const int64_t n = rows_.index(t, row);
       if (Cell::kSaved > 0) fetch(in(forward_.gates) + saved_offset<Cell>(n, c_row_, unit), units * Cell::kSaved);
       if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
-      if (task_.layer->d_y) fetch(elements(task_.layer->d_y) + n * y_row_ + task_.direction * r_ + unit, units);
+      if (!task_.layer->d_y) continue;
+      const void* const d_y = given(task_.layer->d_y).at(n * y_row_ + task_.direction * r_ + unit);
+      if (kConverts && layer_.conversion) {
+        fetch(static_cast<const uint16_t*>(d_y), units);
+      } else {
+        fetch(elements(d_y), units);
+      }
     }
   }
 
@@ -212,15 +232,17 @@ class BackwardSteps {
 
   // What `row` held before its step at time t: a row of y or cells (`row_size` apart, from `offset`), of the initial
   // state, or of what replaced either.
-  const Before* previous(int64_t t, int64_t row, const void* all, int64_t row_size, int64_t offset, const void* initial,
-                         const void* replacement, int64_t width) const {
-    const auto in = [](const void* p) { return static_cast<const Before*>(p); };
-    if (rows_.reset(t, row)) return rows_.template replacement<Before>(replacement, row, width);
+  const void* previous(int64_t t, int64_t row, const void* all, int64_t row_size, int64_t offset, const void* initial,
+                       const void* replacement, int64_t width) const {
+    const auto at = [&](const void* p, int64_t j) {
+      return Given<Before>{p, Cell::kStates == 2 ? nullptr : layer_.conversion}.at(j);
+    };
+    if (rows_.reset(t, row)) return at(replacement, rows_.replacement(row, width));
     const int64_t t_previous = rows_.reversed() ? t + 1 : t - 1;
     if (t_previous < 0 || t_previous >= layer_.T || row >= rows_.active(t_previous)) {
-      return in(initial) + rows_.batch(row) * width;
+      return at(initial, rows_.batch(row) * width);
     }
-    return in(all) + rows_.index(t_previous, row) * row_size + offset;
+    return at(all, rows_.index(t_previous, row) * row_size + offset);
   }
 
   // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
@@ -234,7 +256,22 @@ class BackwardSteps {
     Element *d_gates, *cell_h;
   };
 
-  Row row_at(int64_t t, int64_t row) const {
+  // Units [first, first + units) of a row of elements as elements, the same pointer + `first` on; where they are
+  // converted, in `room`.
+  const Element* readable(const void* from, int64_t first, int64_t units, Scalar* room) const {
+    if constexpr (kConverts) {
+      if (layer_.conversion) {
+        const int64_t exist = layer_.H - first < units ? layer_.H - first : units;
+        layer_.conversion->widen(static_cast<const uint16_t*>(from) + first, room, exist);
+        return reinterpret_cast<const Element*>(reinterpret_cast<uintptr_t>(room) -
+                                                static_cast<uintptr_t>(first) * sizeof(Element));
+      }
+    }
+    return elements(from);
+  }
+
+  // For its units [first, first + units): some are converted into `room`.
+  Row row_at(int64_t t, int64_t row, int64_t first, int64_t units, Scalar (*room)[4 * L]) const {
     const int64_t H = layer_.H, index = rows_.index(t, row), packed = rows_.packed(t, row);
     const int64_t y_offset = index * y_row_ + task_.direction * r_;
     Row at{};
@@ -243,15 +280,16 @@ class BackwardSteps {
     if constexpr (Cell::kStates == 2) {
       at.cells = in(forward_.cells) + index * H;
       if (backward_.d_cells) at.d_cells = in(backward_.d_cells) + index * H;
-      at.before = previous(t, row, forward_.cells, H, 0, forward_.c0, forward_.reset_c, H);
+      at.before = in(previous(t, row, forward_.cells, H, 0, forward_.c0, forward_.reset_c, H));
       at.d_c = out(task_.d_c) + row * c_row_;
     } else {
-      at.y = elements(layer_.y) + y_offset;
-      at.before = previous(t, row, layer_.y, y_row_, task_.direction * r_, forward_.h0, forward_.reset_h, r_);
+      at.y = readable(given(layer_.y).at(y_offset), first, units, room[0]);
+      const void* before = previous(t, row, layer_.y, y_row_, task_.direction * r_, forward_.h0, forward_.reset_h, r_);
+      at.before = readable(before, first, units, room[1]);
     }
     if (!layer_.P) {
       at.d_state = out(task_.d_state) + row * state_row_;
-      if (task_.layer->d_y) at.d_y = elements(task_.layer->d_y) + y_offset;
+      if (task_.layer->d_y) at.d_y = readable(given(task_.layer->d_y).at(y_offset), first, units, room[2]);
     }
     at.d_gates = elements(task_.d_gates) + packed * d_row_;
     if (Cell::kProjects && task_.cell_h) at.cell_h = elements(task_.cell_h) + packed * H;
@@ -263,8 +301,9 @@ class BackwardSteps {
   template <int kTogether, bool kBlends>
   __attribute__((noinline)) void differentiate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks) {
     const Scalar* sums = buffer_;
+    alignas(64) Scalar room[3][4 * L];
     for (int j = 0; j < m; ++j) {
-      const Row at = row_at(t, first + j);
+      const Row at = row_at(t, first + j, block * L, blocks * L, room);
       int k = 0;
       for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
         differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);

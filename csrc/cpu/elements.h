@@ -16,6 +16,21 @@ struct Bfloat16 {
   }
 };
 
+struct Float16 {
+  uint16_t bits;
+};
+
+// An array of Element, or of elements of 16 bits that `conversion` makes floats.
+template <class Element>
+struct Given {
+  const void* data;
+  const Conversion* conversion;
+  inline __attribute__((always_inline)) const void* at(int64_t j) const {
+    if (conversion) return static_cast<const uint16_t*>(data) + j;
+    return static_cast<const Element*>(data) + j;
+  }
+};
+
 // One of two types.
 template <bool first, class A, class B>
 struct Chosen {

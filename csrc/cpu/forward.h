@@ -14,7 +14,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   friend Steps;
   using Steps::buffer_, Steps::c_row_, Steps::chunk_rows_, Steps::direction_, Steps::end_unit_, Steps::first_panel_,
       Steps::first_unit_;
-  using Steps::G, Steps::L, Steps::kBufferRows, Steps::in, Steps::out, Steps::activate;
+  using Steps::G, Steps::L, Steps::kBufferRows, Steps::given, Steps::in, Steps::out, Steps::activate;
   using Steps::h_row_, Steps::last_panel_, Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_,
       Steps::rows_;
   using Steps::next_chunk, Steps::gather_x, Steps::task_, Steps::units_, Steps::x_gates_row_;
@@ -48,12 +48,12 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     if (!lazy_) {
       const int64_t first = units_.first(pack_first_) * G * L;
       if (!task_.parts) {
-        pack_gates<V, G>(in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
+        pack_gates<V, G>(given(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_,
                          out(task_.w_ih) + first * layer_.I);
       } else if constexpr (kHasParts<V>) {
         pack_gate_parts<G>(*task_.parts, in(direction_.w_ih), layer_.I, units_, pack_first_, pack_last_, task_.w_ih);
       }
-      pack_gates<V, G>(in(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh) + first * r_);
+      pack_gates<V, G>(given(direction_.w_hh), r_, units_, pack_first_, pack_last_, out(task_.w_hh) + first * r_);
     }
     pack_bias<V, G>(in(direction_.b_ih), units_, pack_first_, pack_last_, out(task_.b_ih));
     pack_bias<V, G>(in(direction_.b_hh), units_, pack_first_, pack_last_, out(task_.b_hh));
@@ -62,7 +62,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       const int64_t member = task_.team.member, members = task_.team.members;
       const int64_t first = panels.count * member / members, last = panels.count * (member + 1) / members;
       if (first < last) {
-        pack_gates<V, 1>(in(direction_.w_hr), layer_.H, panels, first, last,
+        pack_gates<V, 1>(given(direction_.w_hr), layer_.H, panels, first, last,
                          out(task_.w_hr) + panels.first(first) * L * layer_.H);
       }
     }
@@ -73,14 +73,17 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // weights never leave the cache.
   const Scalar* panel(const void* w, void* packed, int64_t k, int64_t p, int64_t n, bool first, bool only) const {
     Scalar* place = out(packed) + units_.first(lazy_ && only ? first_panel_ : p) * G * L * k;
-    if (lazy_ && first) pack_gates<V, G>(in(w), k, units_, p, p + n, place);
+    if (lazy_ && first) pack_gates<V, G>(given(w), k, units_, p, p + n, place);
     return place;
   }
 
   // Whether the product of n rows of k terms with the panels [p, p + count) can read the weights where they lie: whole
-  // blocks of them are turned over in registers.
+  // blocks of them are turned over in registers. Those of 16 bits only if they are not packed besides.
   bool can_read_in_place(int64_t n, int64_t k, int64_t p, int64_t count) const {
-    return lazy_ && n <= DirectTiles<V>::kMostRows && k % V::kColumns == 0 && units_.first(p + count) * L <= layer_.H;
+    if (!lazy_ || n > DirectTiles<V>::kMostRows || units_.first(p + count) * L > layer_.H) return false;
+    if (!layer_.conversion) return k % V::kColumns == 0;
+    if constexpr (kTurnsWidening<V>) return in_place_ && k % V::kWidenedColumns == 0;
+    return false;
   }
 
   // to[n rows][pieces] = bias + rows * w for the `pieces` pieces (a block of units, one gate) from panel p on, which go
@@ -107,26 +110,33 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       }
       args.init = in(bias) + (units_.first(p) * G + piece) * L;
       args.out = to + piece * L;
-      if (packed) {
-        DirectTiles<V>::template get<true>(static_cast<int>(n), count)(args);
-      } else {
-        DirectTiles<V>::template get<false>(static_cast<int>(n), count)(args);
-      }
+      direct_tile_of(static_cast<int>(n), count, packed != nullptr)(args);
     }
   }
 
+  typename DirectTiles<V>::Function direct_tile_of(int rows, int pieces, bool packs) const {
+    if constexpr (kTurnsWidening<V>) {
+      if (layer_.conversion) {
+        return layer_.conversion->is_half ? DirectTiles<V>::template get<false, Float16>(rows, pieces)
+                                          : DirectTiles<V>::template get<false, Bfloat16>(rows, pieces);
+      }
+    }
+    return packs ? DirectTiles<V>::template get<true>(rows, pieces) : DirectTiles<V>::template get<false>(rows, pieces);
+  }
+
   // Where w holds a piece of panel p: V::kLanes rows of k elements.
-  const Scalar* source(const void* w, int64_t p, int64_t piece, int64_t k) const {
-    return in(w) + (piece % G * layer_.H + (units_.first(p) + piece / G) * L) * k;
+  const void* source(const void* w, int64_t p, int64_t piece, int64_t k) const {
+    return given(w).at((piece % G * layer_.H + (units_.first(p) + piece / G) * L) * k);
   }
 
   // Lets the q-th tile of a panel fetch its share of what panel p will be packed from.
   void set_ahead_of_packing(TileArgs<Scalar>& args, int64_t q, int64_t tiles, const void* w, int64_t p,
                             int64_t pieces) const {
     const int shift = tiles >= 4 * pieces ? 2 : tiles >= 2 * pieces ? 1 : 0;  // one, two or four tiles to a piece
-    const int64_t piece = q >> shift, part = q - (piece << shift), step = kVectorBytes >> shift;
+    const int64_t bytes = layer_.conversion ? L * static_cast<int64_t>(sizeof(uint16_t)) : kVectorBytes;
+    const int64_t piece = q >> shift, part = q - (piece << shift), step = bytes >> shift;
     if (piece >= pieces) return;
-    args.ahead = reinterpret_cast<const char*>(source(w, p, piece, args.k)) + part * args.k * step;
+    args.ahead = static_cast<const char*>(source(w, p, piece, args.k)) + part * args.k * step;
     args.ahead_step = step;
   }
 
@@ -135,7 +145,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     const int64_t end = next_chunk(s);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
     int64_t a_row = 0;
-    const Scalar* a = rows_.template x_at_one_stride<Scalar>(t0, t1, &a_row);
+    const Scalar* a = layer_.conversion ? nullptr : rows_.template x_at_one_stride<Scalar>(t0, t1, &a_row);
     if (!a) {
       a = gather_x(t0, t1, layer_.I);
       a_row = layer_.I;

@@ -28,6 +28,7 @@ class ForwardSteps {
   // Pieces of the cell's math side by side, so that one waits for another's divisions. Four are no faster, for no cell
   // (H 64 and 128, Ice Lake).
   static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;
+  static constexpr bool kConverts = !Elements::kRounds && sizeof(Scalar) == 4;  // LayerForward::conversion, if given
   // Where a cell has one gradient for both, it knows x and r as their sum alone: products in bfloat16 then go on from
   // the input gates to the recurrent ones in one sum, to which the cell adds b_hh.
   static constexpr bool kSummed = Elements::kRounds && Cell::kInput == Cell::kRecurrent;
@@ -67,6 +68,7 @@ class ForwardSteps {
         const int64_t t = rows_.time(s), n = rows_.active(t);
         if (rows_.reversed()) at -= n;
         sweep.step(s, t, n, at);
+        if (layer_.conversion) narrow_y(t, n, (s & 1) ^ 1);
         if (!rows_.reversed()) at += n;
         if (s + 1 < layer_.T) reset_states(s + 1);
         if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
@@ -81,6 +83,7 @@ class ForwardSteps {
   static Scalar* out(void* p) { return static_cast<Scalar*>(p); }
   static const Element* elements(const void* p) { return static_cast<const Element*>(p); }
   static Element* elements(void* p) { return static_cast<Element*>(p); }
+  Given<Element> given(const void* p) const { return {p, layer_.conversion}; }
 
   // Takes as many steps from s on as fit a chunk; returns the step after them. A chunk holds its rows in ascending
   // time, whichever way the sweep runs.
@@ -102,6 +105,12 @@ class ForwardSteps {
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t n = rows_.active(t);
       for (int64_t row = 0; row < n; ++row, to += row_size) {
+        if constexpr (kConverts) {
+          if (layer_.conversion) {
+            layer_.conversion->widen(rows_.template x<uint16_t>(t, row), to, layer_.I);
+            continue;
+          }
+        }
         const Element* from = rows_.template x<Element>(t, row);
         for (int64_t k = 0; k < layer_.I; ++k) to[k] = from[k];
         for (int64_t k = layer_.I; k < row_size; ++k) to[k] = Element{};
@@ -115,7 +124,7 @@ class ForwardSteps {
     for (int64_t row = 0; row < rows_.count(); ++row) {
       const int64_t b = rows_.batch(row);
       const Scalar* c0 = Cell::kStates == 2 ? in(direction_.c0) + b * layer_.H : nullptr;
-      for (int which = 0; which < 2; ++which) load_state(row, which, elements(direction_.h0) + b * r_, c0);
+      for (int which = 0; which < 2; ++which) load_state(row, which, given(direction_.h0).at(b * r_), c0);
     }
   }
 
@@ -125,16 +134,16 @@ class ForwardSteps {
     if (!rows_.resets(t)) return;
     for (int64_t row = 0; row < n; ++row) {
       if (!rows_.reset(t, row)) continue;
-      const Element* h = rows_.template replacement<Element>(direction_.reset_h, row, r_);
+      const void* h = given(direction_.reset_h).at(rows_.replacement(row, r_));
       const Scalar* c = nullptr;
-      if (Cell::kStates == 2) c = rows_.template replacement<Scalar>(direction_.reset_c, row, layer_.H);
+      if (Cell::kStates == 2) c = in(direction_.reset_c) + rows_.replacement(row, layer_.H);
       load_state(row, s & 1, h, c);
     }
   }
 
-  void load_state(int64_t row, int which, const Element* h, const Scalar* c) {
+  void load_state(int64_t row, int which, const void* h, const Scalar* c) {
     Scalar* state = out(task_.h[which]) + row * h_row_;
-    load_row<V>(h, r_, first_state(), end_state(), state);
+    load_elements(h, state);
     if constexpr (Elements::kRounds) {
       for (int64_t j = first_state(); j < end_state(); j += L) {
         const int lanes = r_ - j < L ? static_cast<int>(r_ - j) : L;
@@ -151,6 +160,31 @@ class ForwardSteps {
     }
     if (Cell::kStates == 2) {
       load_row<V>(c, layer_.H, first_unit_, end_unit_, out(task_.c) + row * c_row_);
+    }
+  }
+
+  // This thread's columns of a row of h.
+  void load_elements(const void* h, Scalar* state) const {
+    const int64_t first = first_state(), end = end_state();
+    if constexpr (kConverts) {
+      if (layer_.conversion) {
+        layer_.conversion->widen(static_cast<const uint16_t*>(h) + first, state + first, (end < r_ ? end : r_) - first);
+        for (int64_t j = first > r_ ? first : r_; j < end; ++j) state[j] = 0;
+        return;
+      }
+    }
+    load_row<V>(elements(h), r_, first, end, state);
+  }
+
+  // h after the step at time t, of n rows, into y: this thread's columns.
+  void narrow_y(int64_t t, int64_t n, int which) const {
+    if constexpr (kConverts) {
+      const int64_t first = first_state(), end = end_state() < r_ ? end_state() : r_;
+      const Scalar* const h = in(task_.h[which]) + first;
+      uint16_t* const y = static_cast<uint16_t*>(layer_.y) + task_.direction * r_ + first;
+      for (int64_t row = 0; row < n; ++row) {
+        layer_.conversion->narrow(h + row * h_row_, y + rows_.index(t, row) * y_row_, end - first);
+      }
     }
   }
 
@@ -188,7 +222,7 @@ class ForwardSteps {
     const Scalar *r, *x,
         *h_before;  // r: of the first row and unit; x: of the first row of the step, as x_gates() (not with kSummed)
     Scalar *h_after, *c, *cells, *gates;
-    Element *y, *operand;
+    Element *y, *operand;  // y: null where it is made of h after the step
     int which;
     int64_t t, first, unit, r_row;                  // of r: the first row and unit, and the size of a row
     int64_t H, h_row, c_row, x_row, x_unit, y_row;  // x_unit: the first of x
@@ -206,7 +240,8 @@ class ForwardSteps {
     places.x = in(task_.x_gates) + at * x_gates_row_, places.x_unit = first_unit_;
     places.h_before = in(task_.h[which]), places.h_after = out(task_.h[which ^ 1]);
     places.c = out(task_.c), places.cells = out(direction_.cells), places.gates = out(direction_.gates);
-    places.y = elements(layer_.y) + task_.direction * r_, places.operand = elements(task_.masked_h[which ^ 1]);
+    places.y = layer_.conversion ? nullptr : elements(layer_.y) + task_.direction * r_;
+    places.operand = elements(task_.masked_h[which ^ 1]);
     places.t = t, places.which = which, places.first = first, places.unit = block * L, places.r_row = blocks * G * L;
     places.H = layer_.H, places.h_row = h_row_, places.c_row = c_row_, places.x_row = x_gates_row_;
     places.y_row = y_row_, places.index = rows_.index(t, first), places.index_stride = rows_.stride();
@@ -266,7 +301,7 @@ class ForwardSteps {
   // h of rows [first, end) after a projection, units from `unit` on: nv vectors of each row wait in buffer_.
   void take_projected(int64_t t, int64_t first, int64_t end, int64_t unit, int nv, int which) {
     for (int64_t row = first; row < end; ++row) {
-      Element* y = elements(layer_.y) + rows_.index(t, row) * y_row_ + task_.direction * r_;
+      const int64_t y = rows_.index(t, row) * y_row_ + task_.direction * r_;
       for (int v = 0; v < nv; ++v) {
         const int64_t left = r_ - (unit + v * L), at = unit + v * L;
         const int lanes = left < L ? static_cast<int>(left) : L;
@@ -276,7 +311,7 @@ class ForwardSteps {
           h = blend(layer_.zoneout_h, t, row, task_.direction * r_ + at, lanes, before, h);
         }
         h.store(out(task_.h[which ^ 1]) + row * h_row_ + at);
-        Elements::store(h, y + at, lanes);
+        if (!layer_.conversion) Elements::store(h, elements(layer_.y) + y + at, lanes);
         if (Elements::kRounds || direction_.h_mask) store_operand(h, row, at, lanes, lanes, which ^ 1);
       }
     }
@@ -338,7 +373,7 @@ class ForwardSteps {
         store_unprojected(h, piece.row, piece.unit, lanes);
       } else {
         h.store(places.h_after + piece.row * places.h_row + piece.unit);
-        Elements::store(h, places.y + piece.index * places.y_row + piece.unit, lanes);
+        if (!kConverts || places.y) Elements::store(h, places.y + piece.index * places.y_row + piece.unit, lanes);
         if constexpr (Elements::kRounds && !kNoisy) {
           Elements::store(h, places.operand + piece.row * in_blocks(r_) + piece.unit, lanes);
         }

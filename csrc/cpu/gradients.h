@@ -20,8 +20,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   using Weights::G, Weights::L, Weights::in, Weights::out, Weights::task_;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
-  static constexpr int64_t kBlockBytes = 256 * 1024;  // of gate gradients and of a panel: half of a small L2 together
-  static constexpr int64_t kPass = 1024;              // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = 1024;  // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + kOverread;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
   static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);
@@ -38,8 +37,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     }
     const Panels panels(layer_.I, L, 4);
     const int64_t k_size = G * layer_.H, member = task_.team.member;
-    const int64_t wide = kBlockBytes / (k_size * static_cast<int64_t>(sizeof(Scalar)));
-    const int64_t block = wide < 48 ? 48 : wide;
+    const int64_t block = input_block_rows(k_size, sizeof(Scalar));
     const int64_t first = share(panels.count, member), last = share(panels.count, member + 1);
     if (layer_.N <= block) {
       for (int64_t p = first; p < last; ++p) {
@@ -48,6 +46,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
           pack_panels(d, panels, p, p + 1, place);
           input_panel(d, panels, p, place, 0, layer_.N, nullptr);
         }
+        if (layer_.conversion) narrow_input(0, layer_.N, panels.first(p) * L, panels.first(p + 1) * L);
       }
       return;
     }
@@ -56,28 +55,43 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     }
     join();
     const int64_t begin = share(layer_.N, member), end = share(layer_.N, member + 1);
-    for (int64_t row = begin; row < end; row += block) {
+    for (int64_t row = begin, stop; row < end; row = stop) {
+      stop = row + block < end ? row + block : end;
       for (int64_t p = 0; p < panels.count; ++p) {
         for (int d = 0; d < layer_.D; ++d) {
           const Scalar* packed = in(task_.w_ih[d]);
           const bool more = layer_.D == 1 && p + 1 < panels.count;  // the tile fetches what follows into the cache
-          input_panel(d, panels, p, packed + panels.first(p) * L * k_size, row, row + block < end ? row + block : end,
+          input_panel(d, panels, p, packed + panels.first(p) * L * k_size, row, stop,
                       more ? packed + panels.first(p + 1) * L * k_size : nullptr);
         }
+      }
+      if (layer_.conversion) narrow_input(row, stop, 0, layer_.I);
+    }
+  }
+
+  // Columns [column, end) of rows [row, stop) of d_x, which wait in wide_d_x, go to their places.
+  void narrow_input(int64_t row, int64_t stop, int64_t column, int64_t end) const {
+    if constexpr (sizeof(Scalar) == 4) {
+      const int64_t I = layer_.I;
+      if (end > I) end = I;
+      auto* const d_x = static_cast<uint16_t*>(task_.layer->d_x);
+      for (int64_t n = row; n < stop; ++n) {
+        layer_.conversion->narrow(in(task_.wide_d_x) + (n - row) * I + column,
+                                  d_x + (task_.places ? task_.places[n] : n) * I + column, end - column);
       }
     }
   }
 
   // Column panels [p0, p1) of W_ih, one behind the other; its rows in the order of the stored gradients.
   void pack_panels(int d, const Panels& panels, int64_t p0, int64_t p1, Scalar* packed) const {
-    pack_columns<V>([&](int64_t k) { return w_ih_row(d, k); }, G * layer_.H, panels, p0, p1, packed);
+    pack_columns<V>([&](int64_t k) { return w_ih_row(d, k); }, layer_.conversion, G * layer_.H, panels, p0, p1, packed);
   }
 
   // The row of W_ih that stored gradient k belongs to.
-  const Scalar* w_ih_row(int d, int64_t k) const {
+  const void* w_ih_row(int d, int64_t k) const {
     const int64_t gate = k / layer_.H;
     const int64_t row = Cell::input_gate(static_cast<int>(gate)) * layer_.H + (k - gate * layer_.H);
-    return in(layer_.direction[d].w_ih) + row * layer_.I;
+    return Given<Scalar>{layer_.direction[d].w_ih, layer_.conversion}.at(row * layer_.I);
   }
 
   // Rows [0, k_size) by row(k) -> column panels [first, last) as right operands in parts.
@@ -90,7 +104,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
       for (int64_t k = 0; k < k_size; k += 32, to += part_panel(32, panels.width(p))) {
         const Scalar* rows[32];
         const int64_t terms = k_size - k < 32 ? k_size - k : 32;
-        for (int64_t j = 0; j < terms; ++j) rows[j] = row(k + j);
+        for (int64_t j = 0; j < terms; ++j) rows[j] = in(row(k + j));
         parts.pack_columns(rows, terms, column, stop < panels.n ? stop : panels.n, to);
       }
     }
@@ -193,7 +207,10 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
                    int64_t k1, const Scalar* next) {
     const int64_t I = layer_.I, column = panels.first(p) * L;
     const int nv = static_cast<int>(panels.width(p));
-    const bool whole = !task_.places && column + nv * L <= I, start = d == 0 && k0 == 0;
+    const bool placed = task_.places && !layer_.conversion;
+    const bool whole = !placed && column + nv * L <= I, start = d == 0 && k0 == 0;
+    // The first of the rows.
+    Scalar* const rows = layer_.conversion ? out(task_.wide_d_x) : out(task_.layer->d_x) + row * I;
     TileArgs<Scalar> args{};
     args.k = k1 - k0;
     args.chain = kShortChain;
@@ -207,10 +224,8 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     for (int64_t q = 0; q < tiles.tiles; ++q) {
       const int64_t first = row + tiles.first(q);
       const int m = static_cast<int>(row + tiles.first(q + 1) - first);
-      Scalar* const d_x = out(task_.layer->d_x) + first * I + column;
-      const auto place = [&](int j) {
-        return task_.places ? out(task_.layer->d_x) + task_.places[first + j] * I + column : d_x + j * I;
-      };
+      Scalar* const d_x = rows + (first - row) * I + column;
+      const auto place = [&](int j) { return placed ? input_row(first + j) + column : d_x + j * I; };
       args.a = in(task_.d_gates[d]) + first * d_row_ + Cell::kInput * layer_.H + k0;
       if (whole && !start) {
         for (int j = 0; j < m; ++j) fetch(d_x + j * I, nv * L);
@@ -229,8 +244,8 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   }
 
   template <class Row>
-  inline __attribute__((always_inline)) void pack(const Row& row, int64_t rows, const Operand& operand, int64_t first,
-                                                  int64_t last) const {
+  inline __attribute__((always_inline)) void pack(const Row& row, const Conversion* conversion, int64_t rows,
+                                                  const Operand& operand, int64_t first, int64_t last) const {
     if constexpr (kHasParts<V>) {
       if (task_.weight_parts) {
         Bfloat16* const packed = reinterpret_cast<Bfloat16*>(operand.packed);
@@ -238,7 +253,8 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
                                  packed + part_panel(rows, operand.panels.first(first)));
       }
     }
-    pack_columns<V>(row, rows, operand.panels, first, last, operand.packed + operand.panels.first(first) * L * rows);
+    pack_columns<V>(row, conversion, rows, operand.panels, first, last,
+                    operand.packed + operand.panels.first(first) * L * rows);
   }
 
   // This thread's share of the packed h becomes what W_hh multiplied: h times the mask of its sequence.

@@ -88,9 +88,9 @@ class BlockGradients : public WeightGradients<BlockGradients<Cell, V, Blocks>, C
   }
 
   template <class Row>
-  inline __attribute__((always_inline)) void pack(const Row& row, int64_t rows, const Operand& operand, int64_t first,
-                                                  int64_t last) const {
-    pack_column_blocks<Blocks>(row, rows, operand.panels, first, last,
+  inline __attribute__((always_inline)) void pack(const Row& row, const Conversion*, int64_t rows,
+                                                  const Operand& operand, int64_t first, int64_t last) const {
+    pack_column_blocks<Blocks>([&](int64_t k) { return elements(row(k)); }, rows, operand.panels, first, last,
                                operand.packed + operand.panels.first(first) * L * in_blocks(rows));
   }
 

@@ -5,13 +5,16 @@
 
 #include <cstdint>
 
+#include "layer.h"
+
 namespace fastrnn {
 namespace cpu {
 
-// n elements of `type`, kHalf or kBFloat16, to float.
-void widen(c10::ScalarType type, const void* from, float* to, int64_t n);
+// Of `type`, kHalf or kBFloat16, by the best instructions that the machine has.
+const Conversion& conversion(c10::ScalarType type);
 
-// n floats to `type`, rounded to nearest, ties to even.
+// n elements of `type` to float and back, by several threads where they are many.
+void widen(c10::ScalarType type, const void* from, float* to, int64_t n);
 void narrow(c10::ScalarType type, const float* from, void* to, int64_t n);
 
 }  // namespace cpu

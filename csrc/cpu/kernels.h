@@ -95,7 +95,15 @@ struct GradientTask {
   void* strip;   // own: see pack_strip
   void* sums;    // own: [kStripColumns + 16]
   void* d_gates_parts;  // own, with input_parts: [kPartInputRows, kPartChain] of d_gates as left operand
+  void* wide_d_x;       // own, where elements are converted: [input_block_rows(), I], rows of d_x as floats
 };
+
+// Rows of d_x that pass over all panels of W_ih together, whose gate gradients of so many terms, and a panel, are half
+// of a small second-level cache.
+static constexpr int64_t input_block_rows(int64_t terms, int64_t bytes) {
+  const int64_t rows = 256 * 1024 / (terms * bytes);
+  return rows < 48 ? 48 : rows;
+}
 
 // Rows that the weight gradients take at a time: two chains of the tile. More would mean fewer passes over d_w, but the
 // packed rows of x and h should stay in the second-level cache (512 measured 3 % slower at H = 256, 1 MB of L2).

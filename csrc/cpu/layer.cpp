@@ -71,9 +71,12 @@ void with_scratch(size_t bytes, Run run) {
   run(aligned(memory.mutable_data_ptr()));
 }
 
-// Whether the kernels take this layer with products in bfloat16, else converted to float.
-bool rounds(const LayerArguments& a) {
-  return a.own == nullptr && a.x->scalar_type() == at::kBFloat16 && multiplies_bfloat16();
+// How elements of 16 bits reach the kernels. Products in parts want whole arrays of floats.
+Operands::Elements elements(const LayerArguments& a) {
+  const at::ScalarType given = a.x->scalar_type();
+  if (given != at::kHalf && given != at::kBFloat16) return Operands::Elements::whole;
+  if (a.own == nullptr && given == at::kBFloat16 && multiplies_bfloat16()) return Operands::Elements::rounded;
+  return multiplies_in_parts() ? Operands::Elements::whole : Operands::Elements::converted;
 }
 
 // Writes zeros into the rows of an array [D, T, B, row_bytes] that lie past the ends of their sequences.
@@ -160,7 +163,7 @@ void run(LayerBackward& layer, const BackwardArguments& b, const Sizes& s, Opera
 }  // namespace
 
 LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, LayerResults given) {
-  Operands operands(a.x->scalar_type(), rounds(a));
+  Operands operands(a.x->scalar_type(), elements(a));
   const at::ScalarType type = operands.type();
   const bool two_states = states_per_unit(a) == 2;
   const int64_t saved = saved_per_unit(a) * padded(s.H);
@@ -217,7 +220,7 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
 }
 
 PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeights* like) {
-  Operands operands(a.x->scalar_type(), rounds(a));
+  Operands operands(a.x->scalar_type(), elements(a));
   const LayerForward layer = operands.layer(a, s);
   PackedLayer packed{};
   const size_t bytes = packed_bytes(layer, like) + kAlignment;
@@ -232,7 +235,7 @@ PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeig
 
 Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type(), rounds(a));
+  Operands operands(a.x->scalar_type(), elements(a));
   const bool runs = s.B > 0 && (s.lengths == nullptr ||
                                 std::any_of(s.lengths, s.lengths + s.B, [](int64_t length) { return length > 0; }));
   LayerBackward layer{};
@@ -278,7 +281,7 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
 
 RowGradients layer_row_gradients(const BackwardArguments& b, const Sizes& s) {
   const LayerArguments& a = b.layer;
-  Operands operands(a.x->scalar_type(), false);
+  Operands operands(a.x->scalar_type(), Operands::Elements::whole);
   const int64_t stored = stored_per_unit(a.cell) * s.H;
   const bool lstm = a.cell == Cell::lstm;
   const auto wanted = [&](int position) { return (b.needs >> position & 1) != 0; };

@@ -19,9 +19,18 @@ struct Strided {
   int64_t stride_t, stride_b;
 };
 
+// How elements of 16 bits become floats and back, for kernels that compute in float: a row at a time where they read
+// and write it.
+struct Conversion {
+  bool is_half;  // float16, else bfloat16
+  void (*widen)(const uint16_t* from, float* to, int64_t n);
+  void (*narrow)(const float* from, uint16_t* to, int64_t n);  // to nearest, ties to even
+};
+
 // Letters: T time, B batch, I input, H hidden units, P projection, G gates, D directions;
 // R = P with a projection, else H (the width of h); N = rows of x and y = T*B, or the packed row count.
-// Every array is contiguous and row-major unless strides are given; elements are float or double (is_bfloat16: below).
+// Every array is contiguous and row-major unless strides are given; elements are float or double, but for those that
+// is_bfloat16 and conversion name below.
 
 struct Kernels;
 struct PartProducts;
@@ -64,8 +73,9 @@ struct LayerForward {
   Cell cell;
   const OwnCell* own;  // with Cell::own, else null
   bool is_double;      // element type of every array: double, else float
-  // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16.
+  // x, y, h0, reset_h, the weights but for biases, and the gradients of x and y are bfloat16, and multiplied as such.
   bool is_bfloat16;
+  const Conversion* conversion;  // not null: the same arrays have elements of 16 bits, which it makes floats
   int64_t T, B, I, H, P, D, N;
   const int64_t* batch_sizes;  // [T] rows of each step, non-increasing, batch_sizes[0] = B; null when all have B rows
   // Rows of a padded batch that end early: x, y, gates, cells and their gradients are [T', B'] still, of which only the
@@ -153,6 +163,8 @@ void activate(Activation which, bool is_double, bool rounded, const void* x, voi
 
 // Whether the instruction set chosen now has products in bfloat16.
 bool multiplies_bfloat16();
+// Whether it has products of floats in parts (parts.h).
+bool multiplies_in_parts();
 
 // The instruction sets compiled in and supported by this machine. Names: scalar avx2 avx512 avx512_bf16 amx; the last
 // two are avx512 but for bfloat16. select_isa returns false for a name that is unknown or unsupported. FASTRNN_ISA is

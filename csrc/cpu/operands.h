@@ -84,15 +84,22 @@ class Room {
   size_t block_ = 0, used_ = 0;  // where the next piece goes
 };
 
-// The tensors of one call as the kernels read them: element type float or double, row-major; with products in bfloat16
-// x, y, h and the weights stay as they are.
+// The tensors of one call as the kernels read them: element type float or double, row-major. x, y, h and the weights
+// stay as they are where kernels multiply bfloat16, or convert a row of 16-bit elements at a time.
 class Operands {
  public:
-  Operands(at::ScalarType given, bool rounded)
+  enum class Elements {
+    whole,
+    rounded,
+    converted
+  };  // converted here, multiplied in bfloat16, converted by the kernels
+
+  Operands(at::ScalarType given, Elements elements)
       : given_(given),
         type_(given == at::kDouble ? at::kDouble : at::kFloat),
-        element_(rounded ? at::kBFloat16 : type_),
+        element_(elements == Elements::whole ? type_ : given),
         bytes_(type_ == at::kDouble ? 8 : 4),
+        rounded_(elements == Elements::rounded),
         mark_(Room::of_thread().mark()) {}
   Operands(const Operands&) = delete;
   Operands& operator=(const Operands&) = delete;
@@ -103,7 +110,7 @@ class Operands {
   at::ScalarType element() const { return element_; }
   at::ScalarType given() const { return given_; }
   int64_t bytes() const { return bytes_; }
-  int64_t element_bytes() const { return element_ == at::kBFloat16 ? 2 : bytes_; }
+  int64_t element_bytes() const { return element_ == type_ ? bytes_ : 2; }
 
   Strided strided(const Tensor* tensor, at::ScalarType type) {
     if (tensor == nullptr) return Strided{};
@@ -143,7 +150,8 @@ class Operands {
     layer.cell = a.cell;
     layer.own = a.own;
     layer.is_double = type_ == at::kDouble;
-    layer.is_bfloat16 = element_ == at::kBFloat16;
+    layer.is_bfloat16 = rounded_;
+    layer.conversion = element_ == type_ || rounded_ ? nullptr : &conversion(element_);
     layer.T = s.T, layer.B = s.B, layer.I = s.I, layer.H = s.H, layer.P = s.P, layer.D = s.D, layer.N = s.N;
     layer.batch_sizes = s.batch_sizes;
     layer.step_rows = s.B;
@@ -263,6 +271,7 @@ class Operands {
 
   at::ScalarType given_, type_, element_;
   int64_t bytes_;
+  bool rounded_;
   Room::Mark mark_;
   c10::SmallVector<Tensor, 4> copies_;  // keeps what is not the caller's alive until the kernels are done
 };

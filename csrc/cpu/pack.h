@@ -37,47 +37,94 @@ struct Panels {
 template <class V>
 constexpr bool kHasHalfLines = requires(const typename V::Scalar* from, V* column) { V::half_lines(from, 0, column); };
 
+// Whether it turns over elements of 16 bits and makes them its own.
+template <class V>
+constexpr bool kTurnsWidening = requires { V::kWidenedColumns; };
+
+// rows rows of k_size columns, from_row apart -> [k][lanes], `step` apart, zero past the last row.
+template <class V>
+inline __attribute__((always_inline)) void turn_over(const typename V::Scalar* from, int64_t from_row, int64_t rows,
+                                                     int64_t k_size, typename V::Scalar* to, int64_t step) {
+  using Scalar = typename V::Scalar;
+  constexpr int L = V::kLanes, C = V::kColumns;
+  const auto store = [&](const V* column, int64_t first, int n) __attribute__((always_inline)) {
+    for (int c = 0; c < n; ++c) column[c].store(to + (first + c) * step);
+  };
+  int64_t k = 0;
+  if constexpr (kHasHalfLines<V>) {
+    for (; rows == L && k + V::kHalfLine <= k_size; k += V::kHalfLine) {
+      V column[V::kHalfLine];
+      V::half_lines(from + k, from_row, column);
+      store(column, k, V::kHalfLine);
+    }
+  }
+  Scalar whole[L * C]{};  // the last units and rows of zero
+  for (; k + C <= k_size; k += C) {
+    for (int64_t lane = 0; rows < L && lane < rows; ++lane) {
+      __builtin_memcpy(whole + lane * C, from + lane * from_row + k, C * sizeof(Scalar));
+    }
+    V column[C];
+    V::columns(rows < L ? whole : from + k, rows < L ? C : from_row, column);
+    store(column, k, C);
+  }
+  for (int64_t lane = 0; lane < L; ++lane) {
+    for (int64_t rest = k; rest < k_size; ++rest) {
+      to[rest * step + lane] = lane < rows ? from[lane * from_row + rest] : Scalar(0);
+    }
+  }
+}
+
+// The same of elements of 16 bits, from_row = k_size.
+template <class V>
+inline __attribute__((always_inline)) void turn_over(const uint16_t* from, const Conversion& conversion, int64_t rows,
+                                                     int64_t k_size, typename V::Scalar* to, int64_t step) {
+  int64_t k = 0;
+  if constexpr (kTurnsWidening<V>) {
+    const auto turn = [&](const auto* elements) __attribute__((always_inline)) {
+      for (; rows == V::kLanes && k + V::kWidenedColumns <= k_size; k += V::kWidenedColumns) {
+        V::widened_columns(elements + k, k_size, [&](auto c, V column) __attribute__((always_inline)) {
+          column.store(to + (k + c.value) * step);
+        });
+      }
+    };
+    if (conversion.is_half) {
+      turn(reinterpret_cast<const Float16*>(from));
+    } else {
+      turn(reinterpret_cast<const Bfloat16*>(from));
+    }
+  }
+  constexpr int64_t kPiece = 128;
+  alignas(64) float piece[V::kLanes * kPiece];
+  for (; k < k_size; k += kPiece) {
+    const int64_t n = k_size - k < kPiece ? k_size - k : kPiece;
+    for (int64_t lane = 0; lane < rows; ++lane) conversion.widen(from + lane * k_size + k, piece + lane * kPiece, n);
+    turn_over<V>(piece, kPiece, rows, n, to + k * step, step);
+  }
+}
+
 // w [G*H, K], a row per gate and unit -> for each panel of [p0, p1), one behind the other, [k][block][gate][lanes],
 // zero past H.
 template <class V, int G>
-void pack_gates(const typename V::Scalar* w, int64_t k_size, const Panels& panels, int64_t p0, int64_t p1,
+void pack_gates(const Given<typename V::Scalar>& w, int64_t k_size, const Panels& panels, int64_t p0, int64_t p1,
                 typename V::Scalar* packed) {
   using Scalar = typename V::Scalar;
-  constexpr int L = V::kLanes, C = V::kColumns;
+  constexpr int L = V::kLanes;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), step = width * G * L;
     Scalar* panel = packed + (panels.first(p) - panels.first(p0)) * G * L * k_size;
     for (int64_t block = 0; block < width; ++block) {
       for (int g = 0; g < G; ++g) {
         const int64_t unit = (panels.first(p) + block) * L;
-        const Scalar* from = w + (g * panels.n + unit) * k_size;
+        const void* from = w.at((g * panels.n + unit) * k_size);
         Scalar* to = panel + (block * G + g) * L;
         const int64_t rows = panels.n - unit < L ? panels.n - unit : L;
-        const auto store = [&](const V* column, int64_t first, int n) __attribute__((always_inline)) {
-          for (int c = 0; c < n; ++c) column[c].store(to + (first + c) * step);
-        };
-        int64_t k = 0;
-        if constexpr (kHasHalfLines<V>) {
-          for (; rows == L && k + V::kHalfLine <= k_size; k += V::kHalfLine) {
-            V column[V::kHalfLine];
-            V::half_lines(from + k, k_size, column);
-            store(column, k, V::kHalfLine);
+        if constexpr (sizeof(Scalar) == 4) {
+          if (w.conversion) {
+            turn_over<V>(static_cast<const uint16_t*>(from), *w.conversion, rows, k_size, to, step);
+            continue;
           }
         }
-        Scalar whole[L * C]{};  // the last units and rows of zero
-        for (; k + C <= k_size; k += C) {
-          for (int64_t lane = 0; rows < L && lane < rows; ++lane) {
-            __builtin_memcpy(whole + lane * C, from + lane * k_size + k, C * sizeof(Scalar));
-          }
-          V column[C];
-          V::columns(rows < L ? whole : from + k, rows < L ? C : k_size, column);
-          store(column, k, C);
-        }
-        for (int64_t lane = 0; lane < L; ++lane) {
-          for (int64_t rest = k; rest < k_size; ++rest) {
-            to[rest * step + lane] = lane < rows ? from[lane * k_size + rest] : Scalar(0);
-          }
-        }
+        turn_over<V>(static_cast<const Scalar*>(from), k_size, rows, k_size, to, step);
       }
     }
   }
@@ -122,34 +169,44 @@ void pack_direction(const LayerForward& layer, int d, const PackedWeights& packe
   constexpr int G = Cell::kGates;
   const auto in = [](const void* p) { return static_cast<const Scalar*>(p); };
   const auto out = [](void* p) { return static_cast<Scalar*>(p); };
+  const auto given = [&](const void* p) { return Given<Scalar>{p, layer.conversion}; };
   const DirectionForward& direction = layer.direction[d];
   const Panels units(layer.H, V::kLanes, kForwardPanel<Cell>);
   if constexpr (kHasParts<V>) {
     if (packed.parts)
       pack_gate_parts<G>(*packed.parts, in(direction.w_ih), layer.I, units, 0, units.count, packed.w_ih);
   }
-  if (!packed.parts) pack_gates<V, G>(in(direction.w_ih), layer.I, units, 0, units.count, out(packed.w_ih));
-  pack_gates<V, G>(in(direction.w_hh), layer.P ? layer.P : layer.H, units, 0, units.count, out(packed.w_hh));
+  if (!packed.parts) pack_gates<V, G>(given(direction.w_ih), layer.I, units, 0, units.count, out(packed.w_ih));
+  pack_gates<V, G>(given(direction.w_hh), layer.P ? layer.P : layer.H, units, 0, units.count, out(packed.w_hh));
   pack_bias<V, G>(in(direction.b_ih), units, 0, units.count, out(packed.b_ih));
   pack_bias<V, G>(in(direction.b_hh), units, 0, units.count, out(packed.b_hh));
   if (layer.P) {
     const Panels panels(layer.P, V::kLanes, 4);
-    pack_gates<V, 1>(in(direction.w_hr), layer.H, panels, 0, panels.count, out(packed.w_hr));
+    pack_gates<V, 1>(given(direction.w_hr), layer.H, panels, 0, panels.count, out(packed.w_hr));
   }
 }
 
-// Rows row(0), ..., row(k_size - 1) of panels.n columns -> for each panel of [p0, p1), one behind the other,
-// [k][block][lanes], zero past the last column. No transpose: a panel is a strip of columns.
+// Rows row(0), ..., row(k_size - 1) of panels.n columns, void pointers, of elements of 16 bits if `conversion` is given
+// -> for each panel of [p0, p1), one behind the other, [k][block][lanes], zero past the last column. No transpose: a
+// panel is a strip of columns.
 template <class V, class Row>
-inline __attribute__((always_inline)) void pack_columns(const Row& row, int64_t k_size, const Panels& panels,
-                                                        int64_t p0, int64_t p1, typename V::Scalar* packed) {
+inline __attribute__((always_inline)) void pack_columns(const Row& row, const Conversion* conversion, int64_t k_size,
+                                                        const Panels& panels, int64_t p0, int64_t p1,
+                                                        typename V::Scalar* packed) {
   constexpr int L = V::kLanes;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), column = panels.first(p) * L;
     const int64_t rest = panels.n - column < width * L ? panels.n - column : width * L;
     typename V::Scalar* to = packed + (column - panels.first(p0) * L) * k_size;
     for (int64_t k = 0; k < k_size; ++k, to += width * L) {
-      const typename V::Scalar* from = row(k) + column;
+      if constexpr (sizeof(typename V::Scalar) == 4) {
+        if (conversion) {
+          conversion->widen(static_cast<const uint16_t*>(row(k)) + column, to, rest);
+          for (int64_t j = rest; j < width * L; ++j) to[j] = 0;
+          continue;
+        }
+      }
+      const typename V::Scalar* from = static_cast<const typename V::Scalar*>(row(k)) + column;
       int64_t j = 0;
       for (; j + L <= rest; j += L) V::load(from + j).store(to + j);
       if (j < rest) V::load_partial(from + j, static_cast<int>(rest - j)).store(to + j);

@@ -70,11 +70,8 @@ class Rows {
     if (!layer_.reset || (reversed_ && ++t >= layer_.T)) return false;
     return any_set(layer_.reset + t * layer_.step_rows, layer_.step_rows);
   }
-  // This row of what replaces a state of `width` entries.
-  template <class Scalar>
-  const Scalar* replacement(const void* reset_state, int64_t row, int64_t width) const {
-    return static_cast<const Scalar*>(reset_state) + (layer_.reset_by_row ? batch(row) * width : 0);
-  }
+  // Where this row begins in what replaces a state of `width` entries.
+  int64_t replacement(int64_t row, int64_t width) const { return layer_.reset_by_row ? batch(row) * width : 0; }
 
   // The active rows of times [t0, t1), in that order, if they lie at one stride; else null.
   template <class Scalar>

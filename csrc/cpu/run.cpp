@@ -246,6 +246,9 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     gradient.strip = plan.weight_parts ? scratch.rounded(kStripColumns * part_row(kSumRows))
                                        : operand(rounded ? kBlockStripElements : kStripElements);
     gradient.d_gates_parts = plan.input_parts ? scratch.rounded(kPartInputRows * part_row(kPartChain)) : nullptr;
+    const int64_t wide = input_block_rows(gates, 4);
+    const bool narrows = forward.conversion && layer.d_x;
+    gradient.wide_d_x = scratch.take(narrows ? (wide < forward.N ? wide : forward.N) * forward.I : 0);
     gradient.sums = scratch.take(kStripColumns + 16);
     if (gradients) gradients[thread] = gradient;
   }

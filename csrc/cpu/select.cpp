@@ -17,7 +17,9 @@ namespace {
 bool always() { return true; }
 #if defined(__x86_64__)
 // Every feature on its own flag; the built-in also asks whether the system saves the registers.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -76,6 +78,7 @@ const Isa& chosen_isa() {
 }
 
 bool multiplies_bfloat16() { return chosen_isa().of_bfloat16 != nullptr; }
+bool multiplies_in_parts() { return chosen_isa().parts != nullptr; }
 const char* own_isa() {
   const Isa* isa = isas;
   while (isa->of_float != chosen_isa().of_float) ++isa;

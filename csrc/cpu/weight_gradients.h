@@ -17,7 +17,7 @@ namespace fastrnn {
 namespace cpu {
 
 // Products: the class derived from this one, which takes kRows rows at a time, with
-//   pack(row, rows, operand, first, last)     rows row(0), ..., row(rows - 1) -> column panels [first, last)
+//   pack(row, conversion, rows, operand, first, last)   rows row(0), ..., row(rows - 1) -> column panels [first, last)
 //   mask_panels(operand, rows)                what lies in them times the masks of mask_rows_, this thread's share
 //   strip(a, a_row, rows, columns)            columns of the gradients of the gates -> task.strip
 //   product(operand, w_row, rows, columns, start)   rows [w_row, w_row + columns) of d_w (+)= strip^T * panels
@@ -71,18 +71,21 @@ class WeightGradients {
       const int64_t rows = N - n0 < kRows ? N - n0 : kRows;
       cursor.collect(rows, x_rows_, h_rows_, mask_rows_, r_);
       Element* packed = elements(task_.panels) + (turn_++ & 1) * half;  // the other half may still be read
-      const auto pack = [&](Operand& operand, int64_t width, const auto& row) {
+      const auto pack = [&](Operand& operand, int64_t width, const Conversion* conversion, const auto& row) {
         operand.packed = packed;
         if (operand.d_w) {
           const int64_t first = share(operand.panels.count, member), last = share(operand.panels.count, member + 1);
-          products.pack(row, rows, operand, first, last);
+          products.pack(row, conversion, rows, operand, first, last);
         }
         packed += panel_elements(width);
       };
-      pack(x, layer_.I, [&](int64_t k) { return x_rows_[k]; });
-      pack(h, r_, [&](int64_t k) { return h_rows_[k]; });
+      pack(x, layer_.I, layer_.conversion, [&](int64_t k) { return x_rows_[k]; });
+      pack(h, r_, layer_.conversion, [&](int64_t k) { return h_rows_[k]; });
       if (h.d_w && layer_.direction[d].h_mask) products.mask_panels(h, rows);
-      if (layer_.P) pack(m, layer_.H, [&](int64_t k) { return elements(task_.cell_h[d]) + (n0 + k) * layer_.H; });
+      if (layer_.P) {
+        const Element* const cell_h = elements(task_.cell_h[d]) + n0 * layer_.H;
+        pack(m, layer_.H, nullptr, [&](int64_t k) { return static_cast<const void*>(cell_h + k * layer_.H); });
+      }
       join();
       for (int s = 0, wide; gates && s < Cell::kStored; s += wide) {
         const int input = window(s, Cell::kInput), recurrent = window(s, Cell::kRecurrent);
@@ -177,16 +180,18 @@ class WeightGradients {
           rows_(layer, d, Team{0, 1, false, false, nullptr}, first_row),
           d_(d) {}
 
-    void collect(int64_t rows, const Element** x, const Element** h, const Scalar** mask, int64_t r) {
+    void collect(int64_t rows, const void** x, const void** h, const Scalar** mask, int64_t r) {
+      const auto given = [&](const void* p) { return Given<Element>{p, layer_.conversion}; };
       for (int64_t j = 0; j < rows; ++j) {
-        x[j] = rows_.template x<Element>(t_, row_);
+        x[j] = layer_.conversion ? static_cast<const void*>(rows_.template x<uint16_t>(t_, row_))
+                                 : rows_.template x<Element>(t_, row_);
         const int64_t before = d_ == 1 ? t_ + 1 : t_ - 1;
         if (rows_.reset(t_, row_)) {
-          h[j] = rows_.template replacement<Element>(direction_.reset_h, row_, r);
+          h[j] = given(direction_.reset_h).at(rows_.replacement(row_, r));
         } else if (before < 0 || before >= layer_.T || row_ >= rows_.active(before)) {
-          h[j] = elements(direction_.h0) + rows_.batch(row_) * r;
+          h[j] = given(direction_.h0).at(rows_.batch(row_) * r);
         } else {
-          h[j] = elements(layer_.y) + rows_.index(before, row_) * layer_.D * r + d_ * r;
+          h[j] = given(layer_.y).at(rows_.index(before, row_) * layer_.D * r + d_ * r);
         }
         if (direction_.h_mask) mask[j] = in(direction_.h_mask) + rows_.batch(row_) * r;
         if (++row_ == rows_.active(t_)) ++t_, row_ = 0;
@@ -208,8 +213,8 @@ class WeightGradients {
 
  private:
   int turn_ = 0;
-  const Element* x_rows_[kRows];
-  const Element* h_rows_[kRows];
+  const void* x_rows_[kRows];
+  const void* h_rows_[kRows];
 };
 
 }  // namespace cpu

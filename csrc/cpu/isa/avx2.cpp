@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Lanes of AVX2 and FMA: 8 floats or 4 doubles. Compiled with those flags, called only where CPUID has them.
+// Lanes of AVX2, FMA and F16C: 8 floats or 4 doubles. Compiled with those flags, called only where CPUID has them.
 #include <immintrin.h>
 
 #include "../table.h"
@@ -68,7 +68,37 @@ struct FloatAvx2 {
     column[3].v = _mm256_shuffle_ps(high01, high23, 0xee);
   }
 
+  // The same of elements of 16 bits: use(c, column c) for each. They are turned over as they are, within halves of four
+  // rows and eight columns.
+  static constexpr int kWidenedColumns = 8;
+  template <class Element, class Use>
+  static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
+                                                                    const Use& use) {
+    __m256i a[4];  // a[j]: rows j, j+4
+    unroll<4>([&](auto j) __attribute__((always_inline)) {
+      const Element* row = from + j.value * from_row;
+      a[j.value] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(row)), eight(row + 4 * from_row), 1);
+    });
+    const __m256i low01 = _mm256_unpacklo_epi16(a[0], a[1]), high01 = _mm256_unpackhi_epi16(a[0], a[1]);
+    const __m256i low23 = _mm256_unpacklo_epi16(a[2], a[3]), high23 = _mm256_unpackhi_epi16(a[2], a[3]);
+    const __m256i pairs[4] = {_mm256_unpacklo_epi32(low01, low23), _mm256_unpackhi_epi32(low01, low23),
+                              _mm256_unpacklo_epi32(high01, high23), _mm256_unpackhi_epi32(high01, high23)};
+    unroll<4>([&](auto j) __attribute__((always_inline)) {  // of either half columns 2j and 2j+1
+      const __m256i both = _mm256_permute4x64_epi64(pairs[j.value], 0xd8);
+      use(Index<2 * j.value>{}, widened(_mm256_castsi256_si128(both), from));
+      use(Index<2 * j.value + 1>{}, widened(_mm256_extracti128_si256(both, 1), from));
+    });
+  }
+
  private:
+  template <class Element>
+  static __m128i eight(const Element* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  }
+  static FloatAvx2 widened(__m128i elements, const Float16*) { return {_mm256_cvtph_ps(elements)}; }
+  static FloatAvx2 widened(__m128i elements, const Bfloat16*) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(elements), 16))};
+  }
   static __m256i mask(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask32 + 8 - n)); }
 };
 

@@ -77,6 +77,11 @@ struct FloatLanes {
     return Math::tanh(x);
   }
 
+  static FloatLanes widened(__m256i elements, const Float16*) { return {_mm512_cvtph_ps(elements)}; }
+  static FloatLanes widened(__m256i elements, const Bfloat16*) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16))};
+  }
+
   // column[c][lane] = from[lane][c]. Quarters of four rows, four apart, are put together as they are read, so that what
   // is left is a 4 by 4 transpose within quarters.
   static constexpr int kColumns = 4;
@@ -107,7 +112,37 @@ struct FloatLanes {
     });
   }
 
+  // The same of elements of 16 bits: use(c, column c) for each. They are turned over as they are, within quarters of
+  // four rows and eight columns.
+  static constexpr int kWidenedColumns = 8;
+  template <class Element, class Use>
+  static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
+                                                                    const Use& use) {
+    __m512i a[4];  // a[j]: rows j, j+4, j+8, j+12
+    unroll<4>([&](auto j) __attribute__((always_inline)) {
+      const Element* row = from + j.value * from_row;
+      const __m512i one = _mm512_castsi128_si512(eight(row));
+      const __m512i two = _mm512_inserti32x4(one, eight(row + 4 * from_row), 1);
+      const __m512i three = _mm512_inserti32x4(two, eight(row + 8 * from_row), 2);
+      a[j.value] = _mm512_inserti32x4(three, eight(row + 12 * from_row), 3);
+    });
+    const __m512i low01 = _mm512_unpacklo_epi16(a[0], a[1]), high01 = _mm512_unpackhi_epi16(a[0], a[1]);
+    const __m512i low23 = _mm512_unpacklo_epi16(a[2], a[3]), high23 = _mm512_unpackhi_epi16(a[2], a[3]);
+    const __m512i pairs[4] = {_mm512_unpacklo_epi32(low01, low23), _mm512_unpackhi_epi32(low01, low23),
+                              _mm512_unpacklo_epi32(high01, high23), _mm512_unpackhi_epi32(high01, high23)};
+    const __m512i evens_first = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    unroll<4>([&](auto j) __attribute__((always_inline)) {  // of every quarter columns 2j and 2j+1
+      const __m512i both = _mm512_permutexvar_epi64(evens_first, pairs[j.value]);
+      use(Index<2 * j.value>{}, widened(_mm512_castsi512_si256(both), from));
+      use(Index<2 * j.value + 1>{}, widened(_mm512_extracti64x4_epi64(both, 1), from));
+    });
+  }
+
  private:
+  template <class Element>
+  static __m128i eight(const Element* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  }
   static void eight_rows(const float* from, int64_t from_row, __m512d* column) {
     __m512 a[4];  // a[j]: rows j, j+4
     unroll<4>([&](auto j) __attribute__((always_inline)) {
