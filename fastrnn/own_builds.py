@@ -47,7 +47,7 @@ def sources_digest() -> str:
     headers = [root / "cell_sizes.h", root / "cells" / "cell.h"]
     for path in sorted([*headers, *root.glob("cpu/*.h"), *root.glob("cpu/isa/*")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    for name in ("barrier.cpp", "own/library.cpp"):
+    for name in ("barrier.cpp", "core.cpp", "own/library.cpp"):
         digest.update((root / "cpu" / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -123,7 +123,8 @@ def _ninja_file(compilers: Sequence[str], flags: Sequence[str], isas: dict[str, 
 
     root = Path(get_include()) / "cpu"
     own = {f"isa_{isa}": (root / "isa" / f"{isa}.cpp", isa_flags) for isa, isa_flags in isas.items()}
-    own |= {"library": (root / "own" / "library.cpp", []), "barrier": (root / "barrier.cpp", [])}
+    shared = {"library": "own/library.cpp", "barrier": "barrier.cpp", "core": "core.cpp"}
+    own |= {name: (root / path, []) for name, path in shared.items()}
     lines = [f"cxx = {quoted(compilers)}", f"flags = {quoted(flags)}", "rule compile"]
     lines += ["  command = $cxx -MD -MF $out.d $flags $own -c $in -o $out", "  deps = gcc", "  depfile = $out.d"]
     lines += ["rule link", "  command = $cxx -shared $in -o $out.new && mv $out.new $out"]

@@ -20,6 +20,9 @@ struct Barrier {
 // Waits until all members of the team have arrived; yields the core after a while. A team of one returns at once.
 void wait(Barrier* barrier, int members);
 
+// Whether tiles ask for the lines of a large panel some terms before they load them (matmul.h).
+extern const bool asks_near;
+
 // The threads that work on one direction, and how they share it. Splitting rows needs no barrier between steps, every
 // thread runs whole sequences; splitting units keeps each thread's slice of the weights in its own cache and costs one
 // barrier a step.

@@ -41,7 +41,9 @@ constexpr int64_t kNearBytes = 32 * 1024;
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
-// them fetch something, since their lines come from further away then.
+// them fetch something, since their lines come from further away then. Cores that can load twice a cycle at most do
+// not ask (asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units
+// 1.05 to 1.06 times as fast without it at B = 4 and 8, 1.01 to 1.04 at 16 and 64).
 constexpr int kNearTerms = 16;
 
 template <class V, int M, int NV, int NP>
@@ -54,6 +56,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   constexpr bool kManyRows = M * N >= 16, kFetches = kManyRows || NP == 2;
   const bool wishes = t.ahead != nullptr && kFetches;
   const bool streams = wishes || (kManyRows && t.k * NV * L * static_cast<int64_t>(sizeof(Scalar)) > kNearBytes);
+  const bool asks = streams && asks_near;
   // Without a wish the first line of `a` is touched again and again, which costs nothing and needs no third loop.
   const char* ahead = t.ahead ? t.ahead : reinterpret_cast<const char*>(t.a);
   const int64_t ahead_step = t.ahead ? t.ahead_step : 0;
@@ -62,13 +65,16 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   for (int64_t left = t.k;;) {
     V acc[M * N];
     unroll<M * N>([&](auto j) __attribute__((always_inline)) { acc[j.value] = V::zero(); });
-    const auto add_terms = [&](auto fetches) __attribute__((always_inline)) {
+    const auto add_terms = [&](auto fetches, auto near) __attribute__((always_inline)) {
       for (int64_t k = left < t.chain ? left : t.chain; k > 0; --k) {
-        // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2.
+        // The smaller operand set stays in registers, the other is read one by one: the other order spills on AVX2. A
+        // vector of w is kept, since GCC 12 would read it again for each of two or three rows, more often than a core
+        // can: three rows of an RNN took longer than four.
         if constexpr (N <= M) {
           V b[N];
           unroll<N>([&](auto v) __attribute__((always_inline)) {
             b[v.value] = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+            if constexpr (M > 1) b[v.value].keep();
           });
           unroll<M>([&](auto m) __attribute__((always_inline)) {
             const V s = V::broadcast(a[m.value * a_row]);
@@ -80,7 +86,8 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
           V s[M];
           unroll<M>([&](auto m) __attribute__((always_inline)) { s[m.value] = V::broadcast(a[m.value * a_row]); });
           unroll<N>([&](auto v) __attribute__((always_inline)) {
-            const V b = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+            V b = V::load(w + (v.value / NV) * w_panel + (v.value % NV) * L);
+            if constexpr (M > 1) b.keep();
             unroll<M>([&](auto m) __attribute__((always_inline)) {
               acc[m.value * N + v.value] = V::fma(s[m.value], b, acc[m.value * N + v.value]);
             });
@@ -89,6 +96,8 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
         if constexpr (decltype(fetches)::value != 0) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_step;
+        }
+        if constexpr (decltype(near)::value != 0) {
           unroll<N>([&](auto v) __attribute__((always_inline)) {
             __builtin_prefetch(w + (v.value / NV) * w_panel + (kNearTerms * NV + v.value % NV) * L, 0, 3);
           });
@@ -97,10 +106,12 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
         w += NV * L;
       }
     };
-    if (streams) {
-      add_terms(Index<kFetches>{});
+    if (asks) {
+      add_terms(Index<kFetches>{}, Index<kFetches>{});
+    } else if (wishes) {
+      add_terms(Index<kFetches>{}, Index<0>{});
     } else {
-      add_terms(Index<0>{});
+      add_terms(Index<0>{}, Index<0>{});
     }
     Scalar* out = t.out;
     const int64_t out_row = t.out_row;

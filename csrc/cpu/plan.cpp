@@ -5,6 +5,7 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
 
@@ -16,6 +17,15 @@ namespace {
 // GNU OpenMP does not survive a fork: a child whose parent ran a team must not open one.
 std::atomic<bool> forked{false};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// What of a second-level cache weights may take beside all else and come from it at every step.
+double near_bytes() {
+  static const double bytes = [] {
+    const long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return cache > 0 ? 0.7 * static_cast<double>(cache) : 1.5e6;
+  }();
+  return bytes;
+}
 
 // Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
 struct Cost {
@@ -30,7 +40,7 @@ struct Cost {
     if (layer.is_bfloat16) return rounded_step(rows, units);
     const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
     const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
-    const bool far = weights > 1.5e6;
+    const bool far = weights > near_bytes();
     const double streamed = weights / (far ? 60.0 : 110.0);
     const double computed =
         gates() * units * (recurrent + input) / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
@@ -56,6 +66,7 @@ double packing(const LayerForward& layer, int members, bool split_rows) {
 }
 
 constexpr double kBarrier = 400, kRegion = 2000;  // ns
+constexpr double kUneven = 1.05;                  // members that meet at every step wait for the slowest of them
 
 std::atomic<Split> forced{Split::chosen};
 std::atomic<bool> parts_forced{false};
@@ -108,7 +119,7 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
       best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
     const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
     const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
-    const double by_units = T * (cost.step(B, 1 / share) + kBarrier) + packing(layer, used, false) + kRegion;
+    const double by_units = T * (cost.step(B, 1 / share) * kUneven + kBarrier) + packing(layer, used, false) + kRegion;
     if (by_units < best && members > 1 && members <= blocks && !layer.P) {
       best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
     }

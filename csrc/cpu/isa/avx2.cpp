@@ -22,6 +22,7 @@ struct FloatAvx2 {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_partial(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
   static FloatAvx2 broadcast(float a) { return {_mm256_set1_ps(a)}; }
+  void keep() { asm("" : "+x"(v)); }  // in a register
   static FloatAvx2 zero() { return {_mm256_setzero_ps()}; }
   static FloatAvx2 one() { return broadcast(1.0f); }
   friend FloatAvx2 operator+(FloatAvx2 a, FloatAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -112,6 +113,7 @@ struct DoubleAvx2 {
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void store_partial(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), v); }
   static DoubleAvx2 broadcast(double a) { return {_mm256_set1_pd(a)}; }
+  void keep() { asm("" : "+x"(v)); }
   static DoubleAvx2 zero() { return {_mm256_setzero_pd()}; }
   static DoubleAvx2 one() { return broadcast(1.0); }
   friend DoubleAvx2 operator+(DoubleAvx2 a, DoubleAvx2 b) { return {_mm256_add_pd(a.v, b.v)}; }

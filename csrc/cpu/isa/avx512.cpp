@@ -20,6 +20,7 @@ struct DoubleAvx512 {
   void stream(double* p) const { _mm512_stream_pd(p, v); }
   void store_partial(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
   static DoubleAvx512 broadcast(double a) { return {_mm512_set1_pd(a)}; }
+  void keep() { asm("" : "+v"(v)); }
   static DoubleAvx512 zero() { return {_mm512_setzero_pd()}; }
   static DoubleAvx512 one() { return broadcast(1.0); }
   friend DoubleAvx512 operator+(DoubleAvx512 a, DoubleAvx512 b) { return {_mm512_add_pd(a.v, b.v)}; }

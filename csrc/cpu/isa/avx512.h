@@ -41,6 +41,7 @@ struct FloatLanes {
   void stream(float* p) const { _mm512_stream_ps(p, v); }  // past the caches; p on a line
   void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   static FloatLanes broadcast(float a) { return {_mm512_set1_ps(a)}; }
+  void keep() { asm("" : "+v"(v)); }  // in a register
   static FloatLanes zero() { return {_mm512_setzero_ps()}; }
   static FloatLanes one() { return broadcast(1.0f); }
   friend FloatLanes operator+(FloatLanes a, FloatLanes b) { return {_mm512_add_ps(a.v, b.v)}; }

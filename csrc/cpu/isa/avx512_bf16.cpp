@@ -29,6 +29,7 @@ __attribute__((noinline)) void dot_tile(const BlockArgs& t) {
       __m512bh b[N];
       unroll<N>([&](auto v) __attribute__((always_inline)) {
         b[v.value] = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(w + v.value * kBlock));
+        if constexpr (M > 1) asm("" : "+v"(b[v.value]));  // kept in a register, as in matmul.h
       });
       unroll<M>([&](auto m) __attribute__((always_inline)) {
         int both;

@@ -33,6 +33,7 @@ struct Single {
   void store(T* p) const { *p = v; }
   void store_partial(T*, int) const {}
   static Single broadcast(T a) { return {a}; }
+  void keep() {}
   static Single zero() { return {T(0)}; }
   static Single one() { return {T(1)}; }
   friend Single operator+(Single a, Single b) { return {a.v + b.v}; }
