@@ -118,6 +118,87 @@ def test_gradients_that_never_meet_the_rounded_y_are_those_of_float32_rounded(T,
         assert torch.equal(a, b.to(dtype))
 
 
+def gradients_of_the_operators(cell: str, dtype: torch.dtype, numbers: dict, fixed: dict) -> list[list[torch.Tensor]]:
+    """Every gradient in `dtype`, and in float32 from the same saved arrays and the y that was rounded."""
+    made = []
+    operator = f"{cell.partition('_')[0]}_layer"
+    states = ["h0", "c0"] if cell == "lstm" else ["h0"]
+    weights = ["w_ih", "w_hh", "b_ih", "b_hh", *(["w_hr"] if cell == "lstm" else [])]
+    resets = ["reset_h", "reset_c"] if cell == "lstm" else ["reset_h"]
+    noise = ["h_mask", "zoneout_h", *(["zoneout_c"] if cell == "lstm" else [])]
+    cotangents = ["d_y", "d_h_n", *(["d_c_n"] if cell == "lstm" else [])]
+    tail = [cell == "rnn_relu"] if cell.startswith("rnn") else []
+    saved: list[torch.Tensor] = []
+    for wanted in (dtype, torch.float32):
+        given = {name: value.to(dtype).to(wanted) for name, value in numbers.items()}
+        inputs = [given["x"], *(given[name] for name in states)]
+        inputs += [given.get(f"{name}_{d}") for d in range(2) for name in weights]
+        inputs += [fixed.get(name) for name in ("lengths", "batch_sizes", "reset")]
+        inputs += [given.get(name) for name in (*resets, *noise)]
+        if not saved:
+            results = getattr(torch.ops.fastrnn, operator)(*inputs, *tail, True)
+            saved = [results[0], *results[1 + len(states) :]]
+        kept = [saved[0].to(wanted), *saved[1:]]
+        if tail:
+            kept = [kept[0], *tail]
+        needs = 2**20 - 1 if "reset_h" in given else 2 ** (3 + 2 * len(weights) if cell == "lstm" else 10) - 1
+        needs &= 2 ** (15 if cell == "lstm" else 11) - 1
+        backward = getattr(torch.ops.fastrnn, f"{operator}_backward")
+        made.append(
+            [value.to(dtype) for value in backward(*(given[name] for name in cotangents), *inputs, *kept, needs)]
+        )
+    return made
+
+
+@DTYPES
+@pytest.mark.parametrize("case", ["one-step", "rows", "lengths", "batch_sizes", "noise", "projection", "large"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_are_those_of_float32_from_the_rounded_y_bit_for_bit(cell, case, dtype, threads):
+    threads(2)
+    T, B, I, H = {"one-step": (1, 3, 8, 16), "rows": (4, 70, 9, 20), "large": (9, 40, 24, 130)}.get(  # noqa: E741
+        case, (5, 7, 24, 33)
+    )
+    if case == "projection" and cell != "lstm":
+        pytest.skip("LSTM alone has projections")
+    gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+    R = 12 if case == "projection" else H
+    rows = (18,) if case == "batch_sizes" else (T, B)
+    shapes = {"x": (*rows, I), "h0": (2, B, R), "c0": (2, B, H), "d_h_n": (2, B, R), "d_c_n": (2, B, H)}
+    shapes["d_y"] = (*rows, 2 * R)
+    for d in range(2):
+        shapes |= {f"w_ih_{d}": (gates * H, I), f"w_hh_{d}": (gates * H, R)}
+        shapes |= {f"b_ih_{d}": (gates * H,), f"b_hh_{d}": (gates * H,)}
+        if case == "projection":
+            shapes[f"w_hr_{d}"] = (R, H)
+    fixed: dict = {}
+    if case == "lengths":
+        shapes |= {"reset_h": (2, B, H), "reset_c": (2, B, H)}
+        fixed = {"lengths": torch.tensor([5, 0, 2, 5, 1, 4, 3]), "reset": torch.rand(T, B) < 0.3}
+    if case == "batch_sizes":
+        fixed = {"batch_sizes": torch.tensor([7, 5, 3, 2, 1])}
+    numbers = {name: torch.randn(shape) * (0.2 if name[0] in "wb" else 1.0) for name, shape in shapes.items()}
+    if case == "noise":
+        numbers |= {"h_mask": (torch.rand(2, B, H) < 0.5) * 2.0, "zoneout_h": torch.rand(T, B, 2 * H)}
+        numbers["zoneout_c"] = torch.rand(T, B, 2 * H)
+    found, expected = gradients_of_the_operators(cell, dtype, numbers, fixed)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@DTYPES
+def test_whole_vectors_are_widened_and_rounded_to_even(dtype):
+    low = fastrnn.RNN(16, 16, nonlinearity="relu").to(dtype)
+    with torch.no_grad():
+        for name, value in low.named_parameters():
+            value.copy_(torch.eye(16) if name == "weight_ih_l0" else torch.zeros_like(value))
+        bits = torch.arange(2**15, dtype=torch.int16).view(dtype)
+        x = bits[bits.isfinite()].reshape(1, -1, 16)
+        assert torch.equal(low(x)[0], x)
+        half = torch.finfo(dtype).eps / 2  # of the last place of what lies between 1 and 2: all sums are ties
+        low.bias_ih_l0.fill_(half)
+        x = x[(x >= 1) & (x < 2)].reshape(1, -1, 16)
+        assert torch.equal(low(x)[0], (x.float() + half).to(dtype))
+
+
 @DTYPES
 def test_every_value_is_widened_and_rounded_as_torch_does(dtype):
     low, wide = pair("rnn_relu", dtype, 1, 1)

@@ -130,7 +130,8 @@ def test_bad_arguments_are_named(tmp_path):
 
 def test_library_of_another_fastrnn_is_refused(tmp_path, monkeypatch):
     own_cells()
-    library = next(BUILT.glob("fastrnn_minimal_gated_unit_*/cell_*.so"))
+    built = BUILT.glob("fastrnn_minimal_gated_unit_*/cell_*.so")  # by this fastrnn, and earlier by others
+    library = max(built, key=lambda path: path.stat().st_mtime)
     monkeypatch.setattr("fastrnn.own_cells.sources_digest", lambda: "another")
     with pytest.raises(RuntimeError, match="was built with another fastrnn: build it again"):
         fastrnn.OwnCell(library, linear_step)

@@ -98,7 +98,7 @@ def is_product(name: str, loop: list[Instruction]) -> bool:
 
 
 def most_loads(name: str) -> float:
-    """Of a step of the tile of this name: an element of each row, and each vector of weights. Other loops have none."""
+    """Of a step of the tile of this name: an element of each row, and each vector of weights. No bound for others."""
     sizes = SIZES.search(name)
     if not sizes or "direct_tile" in name:
         return math.inf

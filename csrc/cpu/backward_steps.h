@@ -82,8 +82,8 @@ class BackwardSteps {
   static Element* elements(void* p) { return static_cast<Element*>(p); }
   Given<Element> given(const void* p) const { return {p, layer_.conversion}; }
 
-  // Elements j to j + lanes of an array.
-  V load_elements(const void* p, int64_t j, int lanes) const {
+  // Elements [j, j + lanes) of an array, in one vector.
+  V load_vector(const void* p, int64_t j, int lanes) const {
     if constexpr (kConverts) {
       if (layer_.conversion) {
         alignas(64) Scalar room[L]{};
@@ -187,7 +187,7 @@ class BackwardSteps {
     V::zero().store(d_state);
     if (task_.layer->d_y) {
       const int64_t at = rows_.index(t, row) * y_row_ + task_.direction * r_ + unit;
-      d_h = d_h + load_elements(task_.layer->d_y, at, lanes);
+      d_h = d_h + load_vector(task_.layer->d_y, at, lanes);
     }
     if (layer_.zoneout_h.data) {
       const V keep = kept(layer_.zoneout_h, t, row, task_.direction * r_ + unit, lanes);
@@ -256,8 +256,7 @@ class BackwardSteps {
     Element *d_gates, *cell_h;
   };
 
-  // Units [first, first + units) of a row of elements as elements, the same pointer + `first` on; where they are
-  // converted, in `room`.
+  // A row of elements, to be read at [first, first + units) alone: where they are converted, these lie in `room`.
   const Element* readable(const void* from, int64_t first, int64_t units, Scalar* room) const {
     if constexpr (kConverts) {
       if (layer_.conversion) {

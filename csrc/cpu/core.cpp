@@ -12,7 +12,8 @@ bool loads_twice_a_cycle() {
   __builtin_cpu_init();
   return __builtin_cpu_is("haswell") || __builtin_cpu_is("broadwell") || __builtin_cpu_is("skylake") ||
          __builtin_cpu_is("skylake-avx512") || __builtin_cpu_is("cascadelake") || __builtin_cpu_is("cooperlake") ||
-         __builtin_cpu_is("icelake-client") || __builtin_cpu_is("icelake-server") || __builtin_cpu_is("tigerlake");
+         __builtin_cpu_is("cannonlake") || __builtin_cpu_is("icelake-client") || __builtin_cpu_is("icelake-server") ||
+         __builtin_cpu_is("tigerlake") || __builtin_cpu_is("rocketlake");
 #else
   return false;
 #endif

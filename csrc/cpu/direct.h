@@ -11,7 +11,7 @@ namespace cpu {
 
 template <class Scalar>
 struct DirectArgs {
-  int64_t k;           // length of the reduction, a multiple of V::kColumns, as is chain
+  int64_t k;           // length of the reduction, a multiple of V::kColumns (16 bits: kWidenedColumns), as is chain
   int64_t chain;       // as TileArgs
   const Scalar* a;     // a[m][k] at a[m*a_row + k]
   int64_t a_row;       //

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The elements of x, y and the weights, as the sweeps load and store them: those of the lane class itself, or bfloat16,
-// which only the products work on; states, gates and the math of the cell are float then.
+// The elements of x, y and the weights, as the sweeps load and store them: those of the lane class itself; or bfloat16
+// which the products work on, beside states, gates and a cell in float; or of 16 bits, which become floats where they
+// are read (Given).
 #pragma once
 #include <stdint.h>
 

@@ -27,8 +27,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // many bytes. LSTM, B = 1, time packed by the first step over that in place (Ice Lake): H = 256, T = 3, 4 1.08, .99;
   // H = 512, T = 3, 5, 8, 12 1.56, 1.36, 1.20, .93; H = 1024, T = 4, 8, 12, 16 1.18, 1.08, 1.00, .96.
   static constexpr int64_t kInPlaceBytes = 80 * 1024;
-  // Half of a small second-level cache. LSTM, H = 128, B = 4, 16 without fetching 1.02, 1.01 times as fast (Ice Lake).
-  static constexpr int64_t kNearWeights = 512 * 1024;
+  // Half of a small second-level cache, where the next panel need not be fetched: LSTM, H = 128, B = 4, 16
+  // are 1.02, 1.01 times as fast without (Ice Lake). plan.cpp asks how many threads pay, and goes by the cache there
+  // is.
+  static constexpr int64_t kKeptBytes = 512 * 1024;
   // A larger W_hh than this comes from far at every step, and packing it would only drive other things out of the
   // caches. Paired panels are then fetched ahead too, and a first step that reads in place packs past the caches
   // (AVX-512): LSTM of 1024 units, B = 1, T = 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains. No
@@ -39,7 +41,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   explicit ForwardSweep(const ForwardTask& task)
       : Steps(task),
         lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
-        near_(recurrent_bytes(end_unit_ - first_unit_) <= kNearWeights),
+        kept_(recurrent_bytes(end_unit_ - first_unit_) <= kKeptBytes),
         far_(recurrent_bytes(layer_.H) > kFarBytes),
         in_place_(lazy_ &&
                   (repacks() || (rows_.count() <= DirectTiles<V>::kPaired &&
@@ -317,7 +319,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
       const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
-      const bool fetches = j + 1 < groups && (np == 1 ? !near_ : far_);
+      const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
       const int64_t next_panel = which ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
       for (int64_t q = 0; q < tiles.tiles;) {
@@ -365,7 +367,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   }
 
   const bool lazy_;      // panels are packed at their first use
-  const bool near_;      // this thread's W_hh stays in a second-level cache from step to step: nobody fetches it
+  const bool kept_;      // this thread's packed W_hh stays in a second-level cache from step to step
   const bool far_;       // W_hh, of all threads together, is larger than any second-level cache
   const bool in_place_;  // steps read W_hh where it lies
 };

@@ -143,7 +143,7 @@ class ForwardSteps {
 
   void load_state(int64_t row, int which, const void* h, const Scalar* c) {
     Scalar* state = out(task_.h[which]) + row * h_row_;
-    load_elements(h, state);
+    load_h(h, state);
     if constexpr (Elements::kRounds) {
       for (int64_t j = first_state(); j < end_state(); j += L) {
         const int lanes = r_ - j < L ? static_cast<int>(r_ - j) : L;
@@ -163,8 +163,8 @@ class ForwardSteps {
     }
   }
 
-  // This thread's columns of a row of h.
-  void load_elements(const void* h, Scalar* state) const {
+  // This thread's columns of a row of elements into the state.
+  void load_h(const void* h, Scalar* state) const {
     const int64_t first = first_state(), end = end_state();
     if constexpr (kConverts) {
       if (layer_.conversion) {

@@ -10,7 +10,7 @@
 namespace fastrnn {
 namespace cpu {
 
-// Of `type`, kHalf or kBFloat16, by the best instructions that the machine has.
+// The conversions of `type`, kHalf or kBFloat16, by the best instructions that the machine has.
 const Conversion& conversion(c10::ScalarType type);
 
 // n elements of `type` to float and back, by several threads where they are many.

@@ -57,7 +57,7 @@ struct ForwardTask {
                       // read, and always a copy, in bfloat16
   // The thread's own.
   void* x_gates;  // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
-  void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride
+  void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride, or are converted
   void* x_parts;  // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
   void* cell_h;   // [rows, Hp], o*tanh(c) before the projection; 15 rows more to read in bfloat16
 };
@@ -98,11 +98,11 @@ struct GradientTask {
   void* strip;   // own: see pack_strip
   void* sums;    // own: [kStripColumns + 16]
   void* d_gates_parts;  // own, with input_parts: [kPartInputRows, kPartChain] of d_gates as left operand
-  void* wide_d_x;       // own, where elements are converted: [input_block_rows(), I], rows of d_x as floats
+  void* wide_d_x;       // own, where elements are converted: [at most input_block_rows(), I], rows of d_x as floats
 };
 
-// Rows of d_x that pass over all panels of W_ih together, whose gate gradients of so many terms, and a panel, are half
-// of a small second-level cache.
+// Rows of d_x that pass over all panels of W_ih together. Their gate gradients, of `terms` elements of `bytes`, and a
+// panel fill half of a small second-level cache.
 static constexpr int64_t input_block_rows(int64_t terms, int64_t bytes) {
   const int64_t rows = 256 * 1024 / (terms * bytes);
   return rows < 48 ? 48 : rows;

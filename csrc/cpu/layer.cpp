@@ -220,7 +220,9 @@ LayerResults layer_forward(const LayerArguments& a, const Sizes& s, bool save, L
 }
 
 PackedLayer pack_layer(const LayerArguments& a, const Sizes& s, const PackedWeights* like) {
-  Operands operands(a.x->scalar_type(), elements(a));
+  // Another instruction set may have been chosen since `like` was packed.
+  const auto as_like = like && like->is_bfloat16 ? Operands::Elements::rounded : Operands::Elements::whole;
+  Operands operands(a.x->scalar_type(), like ? as_like : elements(a));
   const LayerForward layer = operands.layer(a, s);
   PackedLayer packed{};
   const size_t bytes = packed_bytes(layer, like) + kAlignment;

@@ -40,6 +40,7 @@ struct PartProducts;
 struct PackedWeights {
   const Kernels* kernels;     // whose layout it is: no other instruction set can read it
   const PartProducts* parts;  // with which w_ih is multiplied, or null; that of the plan
+  bool is_bfloat16;           // as LayerForward::is_bfloat16
   void* w_ih;                 // [Hp*G*I]
   void* w_hh;                 // [Hp*G*R]
   void* b_ih;                 // [Hp*G], zeros without a bias

@@ -41,9 +41,9 @@ constexpr int64_t kNearBytes = 32 * 1024;
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
-// them fetch something, since their lines come from further away then. Cores that can load twice a cycle at most do
-// not ask (asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units
-// 1.05 to 1.06 times as fast without it at B = 4 and 8, 1.01 to 1.04 at 16 and 64).
+// them fetch something, since their lines come from further away then. Intel's cores with two ports for loads do not
+// ask (asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units 1.05
+// to 1.06 times as fast without it at B = 4 and 8, 1.01 to 1.04 at 16 and 64).
 constexpr int kNearTerms = 16;
 
 template <class V, int M, int NV, int NP>
@@ -57,7 +57,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   const bool wishes = t.ahead != nullptr && kFetches;
   const bool streams = wishes || (kManyRows && t.k * NV * L * static_cast<int64_t>(sizeof(Scalar)) > kNearBytes);
   const bool asks = streams && asks_near;
-  // Without a wish the first line of `a` is touched again and again, which costs nothing and needs no third loop.
+  // A tile that asks without a wish touches the first line of `a` again and again, and needs no fourth loop.
   const char* ahead = t.ahead ? t.ahead : reinterpret_cast<const char*>(t.a);
   const int64_t ahead_step = t.ahead ? t.ahead_step : 0;
   const Scalar* from = t.init;

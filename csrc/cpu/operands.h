@@ -89,10 +89,10 @@ class Room {
 class Operands {
  public:
   enum class Elements {
-    whole,
-    rounded,
-    converted
-  };  // converted here, multiplied in bfloat16, converted by the kernels
+    whole,      // floats or doubles, converted here if need be
+    rounded,    // bfloat16, which the kernels multiply
+    converted,  // of 16 bits, which the kernels convert
+  };
 
   Operands(at::ScalarType given, Elements elements)
       : given_(given),

@@ -37,11 +37,11 @@ struct Panels {
 template <class V>
 constexpr bool kHasHalfLines = requires(const typename V::Scalar* from, V* column) { V::half_lines(from, 0, column); };
 
-// Whether it turns over elements of 16 bits and makes them its own.
+// Whether this lane class turns over elements of 16 bits and makes them its own.
 template <class V>
 constexpr bool kTurnsWidening = requires { V::kWidenedColumns; };
 
-// rows rows of k_size columns, from_row apart -> [k][lanes], `step` apart, zero past the last row.
+// `rows` rows of k_size columns, from_row apart -> [k][lanes], `step` apart, zero past the last row.
 template <class V>
 inline __attribute__((always_inline)) void turn_over(const typename V::Scalar* from, int64_t from_row, int64_t rows,
                                                      int64_t k_size, typename V::Scalar* to, int64_t step) {
@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void turn_over(const uint16_t* from, const
       turn(reinterpret_cast<const Bfloat16*>(from));
     }
   }
-  constexpr int64_t kPiece = 128;
+  constexpr int64_t kPiece = 128;  // with sixteen rows 8 KB: in the first-level cache
   alignas(64) float piece[V::kLanes * kPiece];
   for (; k < k_size; k += kPiece) {
     const int64_t n = k_size - k < kPiece ? k_size - k : kPiece;

@@ -21,8 +21,11 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 // What of a second-level cache weights may take beside all else and come from it at every step.
 double near_bytes() {
   static const double bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
     const long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return cache > 0 ? 0.7 * static_cast<double>(cache) : 1.5e6;
+    if (cache > 0) return 0.7 * static_cast<double>(cache);
+#endif
+    return 1.5e6;
   }();
   return bytes;
 }
@@ -81,7 +84,8 @@ Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads,
 }
 
 const PartProducts* part_products(const LayerForward& layer, const Kernels& kernels) {
-  return layer.is_double || layer.is_bfloat16 || kernels.lanes != 16 ? nullptr : chosen_isa().parts;
+  const bool whole_floats = !layer.is_double && !layer.is_bfloat16 && layer.conversion == nullptr;
+  return whole_floats && kernels.lanes == 16 ? chosen_isa().parts : nullptr;
 }
 
 const PartProducts* input_parts_from(int64_t weights, const LayerForward& layer, const Kernels& kernels) {

@@ -246,7 +246,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     gradient.strip = plan.weight_parts ? scratch.rounded(kStripColumns * part_row(kSumRows))
                                        : operand(rounded ? kBlockStripElements : kStripElements);
     gradient.d_gates_parts = plan.input_parts ? scratch.rounded(kPartInputRows * part_row(kPartChain)) : nullptr;
-    const int64_t wide = input_block_rows(gates, 4);
+    const int64_t wide = input_block_rows(gates, sizeof(float));
     const bool narrows = forward.conversion && layer.d_x;
     gradient.wide_d_x = scratch.take(narrows ? (wide < forward.N ? wide : forward.N) * forward.I : 0);
     gradient.sums = scratch.take(kStripColumns + 16);
@@ -336,6 +336,7 @@ PackedWeights pack_weights(const LayerForward& layer, int direction, const Packe
   Scratch scratch(memory, element(layer));
   PackedWeights packed = room_for_weights(layer, like ? like->parts : input_parts(layer, kernels_for(layer)), scratch);
   packed.kernels = like ? like->kernels : &kernels_for(layer);
+  packed.is_bfloat16 = layer.is_bfloat16;
   packed.kernels->pack[static_cast<int>(layer.cell)](layer, direction, packed);
   return packed;
 }

@@ -83,8 +83,8 @@ class WeightGradients {
       pack(h, r_, layer_.conversion, [&](int64_t k) { return h_rows_[k]; });
       if (h.d_w && layer_.direction[d].h_mask) products.mask_panels(h, rows);
       if (layer_.P) {
-        const Element* const cell_h = elements(task_.cell_h[d]) + n0 * layer_.H;
-        pack(m, layer_.H, nullptr, [&](int64_t k) { return static_cast<const void*>(cell_h + k * layer_.H); });
+        pack(m, layer_.H, nullptr,
+             [&](int64_t k) -> const void* { return elements(task_.cell_h[d]) + (n0 + k) * layer_.H; });
       }
       join();
       for (int s = 0, wide; gates && s < Cell::kStored; s += wide) {

@@ -78,11 +78,6 @@ struct FloatLanes {
     return Math::tanh(x);
   }
 
-  static FloatLanes widened(__m256i elements, const Float16*) { return {_mm512_cvtph_ps(elements)}; }
-  static FloatLanes widened(__m256i elements, const Bfloat16*) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16))};
-  }
-
   // column[c][lane] = from[lane][c]. Quarters of four rows, four apart, are put together as they are read, so that what
   // is left is a 4 by 4 transpose within quarters.
   static constexpr int kColumns = 4;
@@ -143,6 +138,10 @@ struct FloatLanes {
   template <class Element>
   static __m128i eight(const Element* from) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  }
+  static FloatLanes widened(__m256i elements, const Float16*) { return {_mm512_cvtph_ps(elements)}; }
+  static FloatLanes widened(__m256i elements, const Bfloat16*) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16))};
   }
   static void eight_rows(const float* from, int64_t from_row, __m512d* column) {
     __m512 a[4];  // a[j]: rows j, j+4

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a library with a cell of its own exports. fastrnn.build_cell compiles it beside barrier.cpp and isa/*.cpp, all
-// with FASTRNN_CELL, the struct, FASTRNN_CELL_HEADER, where it is defined, and FASTRNN_ISAS, which of isa/ are there:
-// ISA(scalar) ISA(avx2).
+// What a library with a cell of its own exports. fastrnn.build_cell compiles it beside barrier.cpp, core.cpp and
+// isa/*.cpp, all with FASTRNN_CELL, the struct, FASTRNN_CELL_HEADER, where it is defined, and FASTRNN_ISAS, which of
+// isa/ are there: ISA(scalar) ISA(avx2).
 #include "../kernels.h"
 #include FASTRNN_CELL_HEADER
 
