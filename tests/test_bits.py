@@ -13,7 +13,8 @@ from twins import CELLS, like, random_state, tensors_of, training_step, twins
 pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-# I, H, B, T: below and above a vector, a tile, a thread's share; the last three are worth a second thread
+# I, H, B, T: below and above a vector, a tile, a thread's share; the last four are worth a second thread. "passes": sums
+# longer than a pass over a panel (matmul.h), and more rows than the sweep's buffer of sums holds
 SHAPES = {
     "tiny": (1, 1, 3, 2),
     "vector": (5, 17, 7, 5),
@@ -22,6 +23,7 @@ SHAPES = {
     "batch": (24, 64, 65, 6),
     "units": (40, 200, 2, 12),
     "both": (64, 130, 20, 8),
+    "passes": (530, 270, 131, 2),
 }
 FORWARD = ("y", "h_n", "c_n")
 INPUTS = ("d_x", "d_h0", "d_c0")
@@ -84,7 +86,7 @@ def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, s
 
 @DTYPES
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("shape", ["tiny", "vector", "tiles", "batch", "both"])
+@pytest.mark.parametrize("shape", ["tiny", "vector", "tiles", "batch", "both", "passes"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_do_not_depend_on_the_rest_of_the_batch(cell, shape, bidirectional, dtype):
     module, x, hx = case(cell, shape, dtype, bidirectional=bidirectional)
@@ -100,7 +102,7 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(cell, shape, bidirectional,
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", ["vector", "single", "tiles", "batch", "units"])
+@pytest.mark.parametrize("shape", ["vector", "single", "tiles", "batch", "units", "passes"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_do_not_depend_on_the_split_of_a_sequence(cell, shape, dtype):
     module, x, hx = case(cell, shape, dtype, num_layers=2)

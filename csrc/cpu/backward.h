@@ -17,7 +17,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
   using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
-  static constexpr int64_t kPass = 1024, kVectorBytes = L * sizeof(Scalar);
+  static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
 
  public:
   explicit BackwardSweep(const BackwardTask& task) : Steps(task, Cell::kStored * task.layer->forward.H) {}
@@ -96,7 +96,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         int64_t row = begin;
         while (q < tiles.tiles && from + tiles.first(q + 1) - begin <= kBufferRows) row = from + tiles.first(++q);
         fetch_saved(t, begin, row, panels.first(p) * L, nv * L);
-        // A pass over kPass terms reads a part of the panel that stays in the cache for all tiles.
         const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
         int64_t k0 = 0;
         do {

@@ -21,6 +21,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   using typename Steps::Scalar;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
+  static constexpr int64_t kPass = pass_terms<V>(kSweepChain);
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
   // What packing the weights costs grows with their size, and what it gains at a later step does not: T steps of so few
   // rows that their number does not change how panels are paired read a W_hh in place that has at least T^2 times this
@@ -162,11 +163,9 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       }
     }
     TileArgs<Scalar> args{};
-    args.k = layer_.I;
     args.chain = kSweepChain;
     args.a_row = a_row;
     args.a_step = 1;
-    args.init_row = 0;
     args.out_row = x_gates_row_;
     // As many rows at a time as stay in the cache beside a panel while all panels pass.
     const int64_t bytes = layer_.I * static_cast<int64_t>(sizeof(Scalar));
@@ -183,20 +182,30 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
                            x_gates, x_gates_row_, nullptr);
           continue;
         }
-        args.w = panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
-        args.init = in(task_.b_ih) + block * G * L;
+        const Scalar* const weights =
+            panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
-        const Ahead ahead(tiles.tiles, layer_.I, nv * kVectorBytes);
         const bool fetches = p + 1 < last_panel_, packed = !(lazy_ && first);
         const Scalar* const following = fetches && packed ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
-        for (int64_t j = 0; j < tiles.tiles; ++j) {
-          const int64_t row = begin + tiles.first(j);
-          args.a = a + row * args.a_row;
-          ahead.set(args, j, following);
-          if (fetches && !packed) set_ahead_of_packing(args, j, tiles.tiles, direction_.w_ih, p + 1, nv);
-          args.out = x_gates + tiles.first(j) * x_gates_row_;
-          Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
-        }
+        const int64_t pass = packed && tiles.tiles > 1 ? kPass : layer_.I;
+        int64_t k0 = 0;
+        do {
+          args.k = layer_.I - k0 < pass ? layer_.I - k0 : pass;
+          const int64_t k1 = k0 + args.k;
+          const Ahead ahead(tiles.tiles, args.k, nv * kVectorBytes);
+          args.w = weights + k0 * nv * L;
+          for (int64_t j = 0; j < tiles.tiles; ++j) {
+            const int64_t row = begin + tiles.first(j);
+            args.a = a + row * args.a_row + k0;
+            ahead.set(args, j, k1 < layer_.I ? weights + k1 * nv * L : following);
+            if (fetches && !packed) set_ahead_of_packing(args, j, tiles.tiles, direction_.w_ih, p + 1, nv);
+            args.out = x_gates + tiles.first(j) * x_gates_row_;
+            args.init = k0 ? args.out : in(task_.b_ih) + block * G * L;
+            args.init_row = k0 ? x_gates_row_ : 0;
+            Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
+          }
+          k0 = k1;
+        } while (k0 < layer_.I);
       }
     }
     return end;
@@ -316,12 +325,23 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;
       args.out_row = np * nv * L;
+      const Scalar* const x_gates = in(task_.x_gates) + at * x_gates_row_ + (block * L - first_unit_) * G;
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
-      const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
       const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
       const int64_t next_panel = which ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
+      if (!kUnpacked && r_ > kPass && tiles.tiles > 1) {
+        const int64_t together = n <= kBufferRows ? tiles.tiles : tiles_together(tiles.tiles, Tiles<V>::rows(nv));
+        for (int64_t q = 0, stop; q < tiles.tiles; q = stop) {
+          stop = q + together < tiles.tiles ? q + together : tiles.tiles;
+          multiply_in_passes(args, tiles, q, stop, h, x_gates, nv, following);
+          const int64_t begin = tiles.first(q);
+          activate(t, begin, static_cast<int>(tiles.first(stop) - begin), block, nv / G, at, which);
+        }
+        continue;
+      }
+      const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
       for (int64_t q = 0; q < tiles.tiles;) {
         const int64_t begin = tiles.first(q);
         int64_t end = begin;
@@ -330,14 +350,43 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
           ahead.set(args, q, following);
           if (kUnpacked && fetches) set_ahead_of_packing(args, q, tiles.tiles, direction_.w_hh, next_panel, np * nv);
           args.out = buffer_ + (end - begin) * args.out_row;
-          for (int64_t row = end; row < next; ++row) {
-            fetch(in(task_.x_gates) + (at + row) * x_gates_row_ + (block * L - first_unit_) * G, args.out_row);
-          }
+          for (int64_t row = end; row < next; ++row) fetch(x_gates + row * x_gates_row_, args.out_row);
           Tiles<V>::get(static_cast<int>(next - end), nv, np)(args);
         }
         activate(t, begin, static_cast<int>(end - begin), block, np * nv / G, at, which);
       }
     }
+  }
+
+  // Tiles [q, stop) of a panel into the buffer, kPass terms of all of them after the other. The first tiles of a panel
+  // fetch the passes that are to come, the last ones what follows the panel.
+  void multiply_in_passes(TileArgs<Scalar> args, const RowTiles& tiles, int64_t q, int64_t stop, const Scalar* h,
+                          const Scalar* x_gates, int nv, const Scalar* following) {
+    const int64_t begin = tiles.first(q);
+    for (int64_t k = 0; k < r_; k += kPass) {
+      args.k = r_ - k < kPass ? r_ - k : kPass;
+      const bool last = k + args.k == r_;
+      const Scalar* const after = args.w + args.k * nv * L;
+      const Scalar* const next = last ? (stop < tiles.tiles ? nullptr : following) : q ? nullptr : after;
+      const Ahead ahead(stop - q, args.k, nv * kVectorBytes);
+      for (int64_t tile = q; tile < stop; ++tile) {
+        const int64_t row = tiles.first(tile), end = tiles.first(tile + 1);
+        args.a = h + row * h_row_ + k;
+        ahead.set(args, tile - q, next);
+        args.out = buffer_ + (row - begin) * args.out_row;
+        if (k) args.init = args.out;
+        for (int64_t j = row; last && j < end; ++j) fetch(x_gates + j * x_gates_row_, args.out_row);
+        Tiles<V>::get(static_cast<int>(end - row), nv, 1)(args);
+      }
+      args.w = after;
+      args.init_row = args.out_row;
+    }
+  }
+
+  // Tiles, of `rows` rows at most, whose sums fit the buffer, where not all do: nearly as many each time.
+  static int64_t tiles_together(int64_t tiles, int rows) {
+    const int64_t most = kBufferRows / rows, times = (tiles + most - 1) / most;
+    return (tiles + times - 1) / times;
   }
 
   // h = W_hr * (o * tanh(c))

@@ -24,7 +24,7 @@ class ForwardSteps {
   using Scalar = typename V::Scalar;
   using Element = typename Elements::Element;
   static constexpr int L = V::kLanes, G = Cell::kGates;
-  static constexpr int kBufferRows = 48;  // 12 KiB of sums: in the first-level cache beside a part of a panel
+  static constexpr int kBufferRows = 64;  // 16 KiB of sums: in the first-level cache beside a part of a panel
   // Pieces of the cell's math side by side, so that one waits for another's divisions. Four are no faster, for no cell
   // (H 64 and 128, Ice Lake).
   static constexpr int kAtOnce = V::kRegisters >= 32 ? 2 : 1;

@@ -20,7 +20,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   using Weights::G, Weights::L, Weights::in, Weights::out, Weights::task_;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
-  static constexpr int64_t kPass = 1024;  // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = pass_terms<V>(kShortChain);  // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + kOverread;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
   static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);

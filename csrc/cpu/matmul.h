@@ -27,7 +27,7 @@ struct TileArgs {
   const Scalar* init;  // [NP*NV][lanes], of row m init_row*m elements later (0: one row for all); null: zero
   int64_t init_row;
   const char* ahead;   // fetched into the second-level cache while the tile runs, a line for each k; null: nothing.
-                       // Tiles of a single panel and fewer than 16 sums fetch nothing
+                       // Tiles of a single panel and few sums fetch nothing
   int64_t ahead_step;  // bytes from the line of one k to that of the next, 64 or less
   Scalar* out;         // [M] rows of [NP*NV][lanes], out_row elements apart
   int64_t out_row;
@@ -38,6 +38,15 @@ constexpr int64_t kChain = 256, kShortChain = 128;
 
 // Panels larger than this do not stay in the first-level cache while a few tiles pass.
 constexpr int64_t kNearBytes = 32 * 1024;
+// Terms of a longer sum that all tiles of a panel of four vectors take before the next terms, a multiple of `chain`:
+// where a chain is not larger, the part of the panel at work stays in the first-level cache, and the second-level one
+// need not hold whole panels beside all else. Time of whole panels over that in passes (Ice Lake): RNN of 1760 units,
+// B = 32, 1.12, of 1024 1.02 to 1.05; LSTM, B = 64, H = 512 and 1024 .99, 1.02 (AVX-512), 1.05, 1.01 (AVX2).
+template <class V>
+constexpr int64_t pass_terms(int64_t chain) {
+  constexpr int64_t kNear = kNearBytes / (4 * V::kLanes * static_cast<int64_t>(sizeof(typename V::Scalar)));
+  return kNear < chain ? chain : kNear;
+}
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
@@ -53,10 +62,13 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   const Scalar* a = t.a;
   const Scalar* w = t.w;
   const int64_t a_row = t.a_row, a_step = t.a_step, w_panel = t.w_panel;
-  constexpr bool kManyRows = M * N >= 16, kFetches = kManyRows || NP == 2;
+  // AVX2's tiles, of at most twelve sums, fetch and do not ask; with no fetching they are 1.05 (H = 256) to 1.25 times
+  // as slow (H = 512 and more, Ice Lake).
+  constexpr bool kManyRows = M * N >= 16, kAsks = kManyRows || NP == 2;
+  constexpr bool kFetches = kAsks || (L > 1 && M * N >= V::kRegisters / 2);
   const bool wishes = t.ahead != nullptr && kFetches;
   const bool streams = wishes || (kManyRows && t.k * NV * L * static_cast<int64_t>(sizeof(Scalar)) > kNearBytes);
-  const bool asks = streams && asks_near;
+  const bool asks = kAsks && streams && asks_near;
   // A tile that asks without a wish touches the first line of `a` again and again, and needs no fourth loop.
   const char* ahead = t.ahead ? t.ahead : reinterpret_cast<const char*>(t.a);
   const int64_t ahead_step = t.ahead ? t.ahead_step : 0;
@@ -107,7 +119,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
       }
     };
     if (asks) {
-      add_terms(Index<kFetches>{}, Index<kFetches>{});
+      add_terms(Index<kAsks>{}, Index<kAsks>{});
     } else if (wishes) {
       add_terms(Index<kFetches>{}, Index<0>{});
     } else {
