@@ -13,8 +13,8 @@ from twins import CELLS, like, random_state, tensors_of, training_step, twins
 pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-# I, H, B, T: below and above a vector, a tile, a thread's share; the last four are worth a second thread. "passes": sums
-# longer than a pass over a panel (matmul.h), and more rows than the sweep's buffer of sums holds
+# I, H, B, T: below and above a vector, a tile, a thread's share; the last four are worth a second thread. "passes":
+# sums longer than a pass over a panel (matmul.h), and more rows than the sweep's buffer of sums holds
 SHAPES = {
     "tiny": (1, 1, 3, 2),
     "vector": (5, 17, 7, 5),
