@@ -20,7 +20,9 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
 
  public:
-  explicit BackwardSweep(const BackwardTask& task) : Steps(task, Cell::kStored * task.layer->forward.H) {}
+  explicit BackwardSweep(const BackwardTask& task)
+      : Steps(task, Cell::kStored * task.layer->forward.H),
+        far_(G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) > kFarBytes) {}
 
  private:
   void pack() {
@@ -57,6 +59,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     args.init = k0 ? sums : nullptr;
     args.out = sums;
     args.init_row = args.out_row = nv * L;
+    args.far = far_;
     Tiles<V>::get(m, nv, 1)(args);
   }
 
@@ -148,6 +151,8 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     args.init_row = args.out_row = nv * L;
     Tiles<V>::get(m, nv, 1)(args);
   }
+
+  const bool far_;  // W_hh is
 };
 
 template <class Cell, class V>

@@ -32,11 +32,6 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // are 1.02, 1.01 times as fast without (Ice Lake). plan.cpp asks how many threads pay, and goes by the cache there
   // is.
   static constexpr int64_t kKeptBytes = 512 * 1024;
-  // A larger W_hh than this comes from far at every step, and packing it would only drive other things out of the
-  // caches. Paired panels are then fetched ahead too, and a first step that reads in place packs past the caches
-  // (AVX-512): LSTM of 1024 units, B = 1, T = 25 1.15 times as fast (Ice Lake). At H = 512 (4 MB) neither gains. No
-  // fence follows: a thread reads no panels but its own.
-  static constexpr int64_t kFarBytes = 8 * 1024 * 1024;
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
@@ -306,6 +301,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     args.a_row = h_row_;
     args.a_step = 1;
     args.init_row = 0;
+    args.far = far_;
     const int pair = n <= Tiles<V>::kPaired && G > 2 ? 2 : 1;
     const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
     for (int64_t j = 0; j < groups; ++j) {
@@ -415,9 +411,12 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
-  const bool lazy_;      // panels are packed at their first use
-  const bool kept_;      // this thread's packed W_hh stays in a second-level cache from step to step
-  const bool far_;       // W_hh, of all threads together, is larger than any second-level cache
+  const bool lazy_;  // panels are packed at their first use
+  const bool kept_;  // this thread's packed W_hh stays in a second-level cache from step to step
+  // W_hh, of all threads together, is larger than kFarBytes. Paired panels are then fetched ahead too, and a first step
+  // that reads in place packs past the caches (AVX-512): LSTM of 1024 units, B = 1, T = 25 1.15 times as fast (Ice
+  // Lake). At H = 512 (4 MB) neither gains. No fence follows: a thread reads no panels but its own.
+  const bool far_;
   const bool in_place_;  // steps read W_hh where it lies
 };
 
