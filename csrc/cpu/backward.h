@@ -152,7 +152,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     Tiles<V>::get(m, nv, 1)(args);
   }
 
-  const bool far_;  // W_hh is
+  const bool far_;  // W_hh is larger than kFarBytes
 };
 
 template <class Cell, class V>
