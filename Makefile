@@ -54,4 +54,4 @@ $(INSTALLED): $(REQUIREMENTS) setup.py pyproject.toml $(CXX_FILES)
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache build dist fastrnn.egg-info fastrnn/_build.py fastrnn/_C.*.so
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist fastrnn.egg-info fastrnn/_build.py fastrnn/_C.*.so

@@ -19,7 +19,7 @@ import torch
 
 import fastrnn
 
-from . import check, machine, picture, report, runner
+from . import check, machine, pages, picture, report, runner
 from .shapes import GATES, PASSES, SHAPES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -38,10 +38,27 @@ def _names(known: Sequence[str]) -> object:
 
 
 def _threads(text: str) -> list[int]:
-    counts = [machine.cores() if part == "all" else int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError("a thread count is at least 1")
-    return sorted(set(counts))
+    parts = text.split(",")
+    if not all(part == "all" or (part.isdecimal() and int(part) > 0) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be numbers from 1 on, or all, like 1,all; got {text!r}")
+    return sorted({machine.cores() if part == "all" else int(part) for part in parts})
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def _directory_there(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the directory {path.parent} does not exist")
+    return path
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,22 +72,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--passes", type=_names(list(PASSES)), default=list(PASSES), metavar="A,B", help="of " + ", ".join(PASSES))
     add("--threads", type=_threads, default=_threads("1,all"), metavar="N,M", help="thread counts (default: 1,all)")
     add("--shapes", default="", metavar="A,B", help="names or patterns like 'grid-*'; see --list")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--seconds-per-row", type=float, metavar="S", help="for the samples of a row (default 0.8, --full 2)")
+    add("--dtype", choices=DTYPES, default="float32", help="of both sides (default: float32)")
+    add("--seconds-per-row", type=_seconds, metavar="S", help="for the samples of a row (default 0.8, --full 2)")
     add(
         "--output",
         type=Path,
         metavar="FILE",
         help="the JSON (default: bench/results/latest.json); the picture beside it",
     )
-    add("--markdown", type=Path, metavar="FILE", help="also write the table of the README")
-    add("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: show an earlier JSON again")
+    add("--markdown", type=_directory_there, metavar="FILE", help="also write the tables of docs/benchmarks.md")
+    add(
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="FILE",
+        help="measure nothing: show an earlier JSON again, and draw its picture beside it",
+    )
+    add("--pages", action="store_true", help="with --from: write the tables of README.md and docs/benchmarks.md")
     add("--list", action="store_true", help="print the shapes with their sources, and stop")
     add("--skip-training-run", action="store_true", help="leave out examples/char_lm.py")
     options = parser.parse_args(argv)
     options.seconds_per_row = options.seconds_per_row or (2.0 if options.full else 0.8)
     options.output = options.output or machine.checkout() / "bench" / "results" / "latest.json"
+    if options.source and not options.source.is_file():
+        parser.error(f"--from: there is no file {options.source}")
+    if options.pages and not options.source:
+        parser.error("--pages goes with --from")
+    if not (options.list or options.source or _tasks(options)):
+        parser.error("no row fits these arguments; --list prints the shapes with their cells")
     return options
+
+
+def _tasks(options: argparse.Namespace) -> list[runner.Task]:
+    patterns = [pattern for pattern in options.shapes.split(",") if pattern]
+    return runner.plan(
+        full=options.full, cells=options.cells, passes=options.passes, threads=options.threads, patterns=patterns
+    )
 
 
 def _now() -> str:
@@ -119,10 +156,7 @@ def route() -> str:
 
 def run_speed(options: argparse.Namespace, result: dict[str, object]) -> None:
     """Measures into result["rows"]; sets result["complete"] unless ctrl-C stops it."""
-    patterns = [pattern for pattern in options.shapes.split(",") if pattern]
-    tasks = runner.plan(
-        full=options.full, cells=options.cells, passes=options.passes, threads=options.threads, patterns=patterns
-    )
+    tasks = _tasks(options)
     dtype, order = DTYPES[options.dtype], {shape.name: n for n, shape in enumerate(SHAPES)}
     common = {"commit": result["commit"], "machine": result["machine"]["cpu"]}
     roofline = machine.measure_roofline(options.threads, dtype)
@@ -180,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         for shape in SHAPES:
             quick = "quick: " + " ".join(shape.quick) if shape.quick else ""
-            print(f"{shape.name:<32}{shape.sizes():<28}{' '.join(shape.cells):<14}{quick:<22}{shape.source}")
+            print(f"{shape.name:<34}{shape.sizes():<28}{' '.join(shape.cells):<14}{quick:<22}{shape.source}")
         return 0
     if options.source:
         result = report.read_json(options.source)
@@ -188,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{report.HEADER}\n{'-' * len(report.HEADER)}")
         print("\n".join(map(report.table_line, result["rows"])))
         show(options, result)
+        for page in pages.renew(result, options.source, machine.checkout()) if options.pages else ():
+            print(f"page: {_shown(page)}")
         return 0
     start = time.perf_counter()
     command = shlex.join(["python", "-m", "fastrnn", "bench", *(sys.argv[1:] if argv is None else argv)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -166,19 +167,24 @@ def summary(result: Result) -> str:
             for mean in (means[peer] for peer in PEERS if peer in means)
         ]
         lines.append(f"{cell:<5}{pass_:<17}{threads:>3}{''.join(cells)}")
-    lines += ["", *gains(rows), *roofline_lines(result["roofline"])]
+    lines += ["", *gains(rows), *roofline_lines(result["roofline"], rows)]
     lost = sum(bool(row["lost"]) for row in timed(rows))
     wrong = len(rows) - len(timed(rows))
     stopped = "" if result["complete"] else "; stopped before the end"
     return "\n".join([*lines, f"{len(rows)} rows, {lost} lost to a peer, {wrong} with wrong numbers{stopped}"])
 
 
-def roofline_lines(roofline: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Peak and bandwidth of this run, a line for each thread count."""
+def roofline_lines(roofline: Mapping[str, Mapping[str, object]], rows: Iterable[Row] = ()) -> list[str]:
+    """Peak and bandwidth of this run, a line for each thread count. Rows have their own peaks, measured beside them: of
+    these the median, since the one before the first row may fall into a burst of the machine's other guests."""
     if not roofline.get("fma"):
         return ["FMA peak and cache bandwidth: not measured (the extension does not offer it)"]
+    peaks = defaultdict(list)
+    for row in timed(rows):
+        peaks[row["threads"]].append(row["fma_peak"])
     lines = []
-    for threads, peak in roofline["fma"].items():
+    for threads, before in roofline["fma"].items():
+        peak = statistics.median(peaks[int(threads)] or [before])
         curve = roofline["bandwidth"][threads]
         points = ", ".join(f"{int(size) // 1024} KB {rate:.0f}" for size, rate in curve.items())
         count = f"{threads} thread{'s' if int(threads) > 1 else ''}"
@@ -200,7 +206,7 @@ def read_json(path: Path) -> Result:
 
 
 def markdown(result: Result) -> str:
-    """The table of README.md: the machine, the command, a line for each shape and pass, geometric means."""
+    """The tables of docs/benchmarks.md: the machine, the command, a line for each shape and pass, geometric means."""
     machine, rows = result["machine"], result["rows"]
     counts = sorted({row["threads"] for row in rows})
     heads = [f"{threads} thread{'s' if threads > 1 else ''}" for threads in counts]
@@ -232,7 +238,8 @@ def markdown(result: Result) -> str:
             f"| {mean['cell']} | {mean['pass']} | {mean['threads']} | {mean['peer']} | {mean['rows']} "
             f"| {mean['mean']:.2f} | {mean['worst']:.2f} | {mean['lost']} |"
         )
-    return "\n".join([*lines, "", *(f"- {line}" for line in [*gains(rows), *roofline_lines(result["roofline"])]), ""])
+    more = [*gains(rows), *roofline_lines(result["roofline"], rows)]
+    return "\n".join([*lines, "", *(f"- {line}" for line in more), ""])
 
 
 def _dtypes(rows: Iterable[Row]) -> str:

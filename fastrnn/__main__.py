@@ -35,8 +35,18 @@ def main(argv: list[str]) -> int:
         return info.main()
     if command == "check":
         return _check()
-    print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-    return 0 if command in ("-h", "--help") else 2
+    if command == "--version":
+        from . import __version__
+
+        print(f"fastrnn {__version__}")
+        return 0
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    print(
+        f"{USAGE}\n\nfastrnn: {f'unknown command {command!r}' if command else 'a command is missing'}", file=sys.stderr
+    )
+    return 2
 
 
 def _check() -> int:

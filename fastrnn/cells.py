@@ -79,7 +79,7 @@ class LSTMCell(HasStock, DirectCalls, nn.LSTMCell):
         hidden_size: H, units.
         bias: whether the cell has the two biases b_ih and b_hh.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
 
     Source: see fastrnn.LSTM.
     """
@@ -92,7 +92,18 @@ class LSTMCell(HasStock, DirectCalls, nn.LSTMCell):
         return scriptable(self)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: input [B, I] or [I], hx the pair (h, c) of [B, H] or [H], zeros if None; returns (h', c')."""
+        """One step.
+
+        Args:
+            input: [B, I], or [I] without a batch, of the weights' dtype.
+            hx: the pair (h, c), [B, H] each, or [H]; zeros if not given.
+
+        Returns:
+            (h', c') of the form of hx; differentiable any number of times.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
+        """
         output: tuple[Tensor, Tensor] | None = _short_way(self, 4, input, hx)
         if output is not None:
             return output
@@ -114,7 +125,7 @@ class GRUCell(HasStock, DirectCalls, nn.GRUCell):
         hidden_size: H, units.
         bias: whether the cell has the two biases b_ih and b_hh.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
 
     Source: see fastrnn.GRU.
     """
@@ -127,7 +138,18 @@ class GRUCell(HasStock, DirectCalls, nn.GRUCell):
         return scriptable(self)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        """One step.
+
+        Args:
+            input: [B, I], or [I] without a batch, of the weights' dtype.
+            hx: h, [B, H] or [H]; zeros if not given.
+
+        Returns:
+            h' of the form of hx; differentiable any number of times.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
+        """
         output: Tensor | None = _short_way(self, 3, input, hx)
         if output is not None:
             return output
@@ -149,7 +171,7 @@ class RNNCell(HasStock, DirectCalls, nn.RNNCell):
         bias: whether the cell has the two biases b_ih and b_hh.
         nonlinearity: "tanh" or "relu"; as in torch.nn, another value is refused at the first call.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
 
     Source: see fastrnn.RNN.
     """
@@ -162,7 +184,18 @@ class RNNCell(HasStock, DirectCalls, nn.RNNCell):
         return scriptable(self)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step: input [B, I] or [I], hx [B, H] or [H], zeros if None; returns h'."""
+        """One step.
+
+        Args:
+            input: [B, I], or [I] without a batch, of the weights' dtype.
+            hx: h, [B, H] or [H]; zeros if not given.
+
+        Returns:
+            h' of the form of hx; differentiable any number of times.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
+        """
         output: Tensor | None = _short_way(self, 1, input, hx)
         if output is not None:
             return output

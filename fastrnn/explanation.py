@@ -50,7 +50,10 @@ def explain(
     written: type[Any] = next(base for base in written_class(module).__mro__ if not issubclass(base, fsdp))
     name = spoken_name(written)
     if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        raise TypeError(f"fastrnn.explain: module must be an LSTM, GRU or RNN, or a cell, got {name}")
+        parts = module.named_modules() if isinstance(module, nn.Module) else ()
+        inside = [path for path, part in parts if isinstance(part, (nn.RNNBase, nn.RNNCellBase))]
+        hint = f"; it holds some: {', '.join(inside[:4])}" if inside else ""
+        raise TypeError(f"fastrnn.explain: module must be an LSTM, GRU or RNN, or a cell, got {name}{hint}")
     extras = {"lengths": lengths, "reset": reset, "reset_state": reset_state, "return_all_states": return_all_states}
     extras = {key: value for key, value in extras.items() if value is not None and value is not False}
     ours = any(base.__module__.split(".")[0] == __package__ for base in written.__mro__)

@@ -198,7 +198,7 @@ def check_lengths(function: str, lengths: Any, batch: int, device: torch.device,
     if not isinstance(lengths, Tensor):
         raise TypeError(f"fastrnn.{function}: lengths must be a Tensor, got {type(lengths).__name__}")
     if packed:
-        raise ValueError(f"fastrnn.{function}: lengths go with a padded input, a packed one has its own")
+        raise ValueError(f"fastrnn.{function}: lengths go with a padded input, got a PackedSequence, which has its own")
     if lengths.dtype is not torch.int64 or lengths.shape != (batch,):
         got = f"{lengths.dtype} {list(lengths.shape)}"
         raise ValueError(f"fastrnn.{function}: lengths must be int64 [B] = [{batch}], got {got}")

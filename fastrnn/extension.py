@@ -51,7 +51,7 @@ def load() -> tuple[ModuleType | None, str]:
     wish = os.environ.get("FASTRNN_ISA")
     if wish and wish not in extension.available_isas():
         here = ", ".join(extension.available_isas())
-        message = f"FASTRNN_ISA={wish} is not available on this machine ({here}); {extension.isa()} is used"
+        message = f"FASTRNN_ISA={wish} is none of those that this machine has ({here}); {extension.isa()} is used"
         warnings.warn(message, stacklevel=2)
     return extension, ""
 

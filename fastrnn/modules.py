@@ -31,13 +31,17 @@ class LSTM(Stack, nn.LSTM):
         bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
         proj_size: P > 0 projects h from H to P features.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
         zoneout: (p_h, p_c), probabilities with which an entry of h and of c keeps its value for a step in training; in
             evaluation that share of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
         recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
             third more time in training, gradients with the same bits.
+
+    Raises:
+        TypeError, ValueError: an option that does not fit: a size that is no positive int, a probability outside of
+            [0, 1], a projection as wide as H or wider; the same type as torch.nn raises where it has the option.
 
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection of Sak et al. 2014;
         equations, gate order (i f g o) and initial values of torch.nn.LSTM.
@@ -101,13 +105,17 @@ class GRU(Stack, nn.GRU):
         dropout: probability with which the outputs of each layer but the last are zeroed in training.
         bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
         zoneout: probability with which an entry of h keeps its value for a step in training; in evaluation that share
             of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
         recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
             third more time in training, gradients with the same bits.
+
+    Raises:
+        TypeError, ValueError: an option that does not fit: a size that is no positive int, a probability outside of
+            [0, 1], a projection; the same type as torch.nn raises where it has the option.
 
     Source: Cho et al. 2014, in the variant of torch.nn.GRU: gates r z n, and r applied to W_hn h + b_hn.
     """
@@ -157,13 +165,17 @@ class RNN(Stack, nn.RNN):
         dropout: probability with which the outputs of each layer but the last are zeroed in training.
         bidirectional: whether each layer also reads the sequence backwards, with weights of its own.
         device: where to create the parameters.
-        dtype: their type.
+        dtype: their type: float32, float64, bfloat16 or float16 for the kernels; any other runs torch.nn's code.
         zoneout: probability with which an entry of h keeps its value for a step in training; in evaluation that share
             of it stays.
         recurrent_dropout: probability with which an entry of h is zeroed on its way into W_hh, for a whole sequence.
         weight_dropout: probability with which an entry of W_hh is zeroed, for a whole call.
         recompute: keep nothing of the forward for the backward, which then runs each layer's forward once more: about a
             third more time in training, gradients with the same bits.
+
+    Raises:
+        TypeError, ValueError: an option that does not fit: a size that is no positive int, a probability outside of
+            [0, 1], a projection, another nonlinearity; the same type as torch.nn raises where it has the option.
 
     Source: Elman 1990; equations of torch.nn.RNN.
     """

@@ -88,6 +88,8 @@ def build_cell(
     if extension.module is None:
         raise RuntimeError(f"fastrnn.build_cell: fastrnn's own kernels are not there: {extension.reason}")
     build: Any = importlib.import_module("fastrnn._build")  # as fastrnn itself was built
+    if isinstance(isas, str):
+        raise TypeError(f"fastrnn.build_cell: isas must be a sequence of names, got {isas!r}")
     asked = [extension.module.own_isa()] if isas is None else list(isas)
     unknown = sorted(set(asked) - set(_ISAS))
     if unknown:

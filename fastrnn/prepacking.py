@@ -42,7 +42,8 @@ def prepacked(module: nn.Module) -> Iterator[nn.Module]:
                 y, state = model(x, state)
 
     Blocks may be nested and entered by several threads; threads share the packed weights. They take as much memory
-    again as the weights, twice as much for bfloat16 and float16, which are kept as float32. Calls that the kernels do
+    again as the weights, twice as much for float16, and for bfloat16 without AMX or AVX512_BF16, which are kept as
+    float32. Calls that the kernels do
     not take (autocast, torch.func, torch.compile) compute from the weights themselves.
 
     Args:
@@ -82,6 +83,10 @@ def _complaint(names: list[str]) -> str:
     )
 
 
+def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+
+
 def _enter(module: nn.Module) -> list[nn.Module]:
     """Packs the layers of a module that no block has packed yet; returns all of them."""
     if not isinstance(module, nn.Module):
@@ -90,7 +95,9 @@ def _enter(module: nn.Module) -> list[nn.Module]:
         raise RuntimeError(f"fastrnn.prepacked: the extension is not loaded: {extension.reason}")
     layers = {part: path for path, part in module.named_modules() if isinstance(part, _LAYERS + _CELLS)}
     if not layers:
-        raise ValueError(f"fastrnn.prepacked: {type(module).__name__} holds no LSTM, GRU or RNN of fastrnn")
+        name = type(module).__name__
+        hint = "; fastrnn.convert makes torch.nn's fastrnn's" if any(map(_is_recurrent, module.modules())) else ""
+        raise ValueError(f"fastrnn.prepacked: {name} holds no LSTM, GRU or RNN of fastrnn{hint}")
     entered: list[nn.Module] = []
     with _lock:
         try:

@@ -175,6 +175,7 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
 
         Args:
             input: [T, B, I]; [B, T, I] with batch_first; [T, I] for one sequence without a batch; or a PackedSequence.
+                Its dtype is that of the weights.
             hx: the initial states, [L*D, B, R] for h and [L*D, B, H] for c (without B for an unbatched input), with
                 R = proj_size if there is a projection, else H. An LSTM takes the pair (h, c). Zeros if not given.
             lengths: int64 [B], steps of each sequence, from 0 to T in any order; on the CPU or the input's device. What

@@ -56,7 +56,7 @@ class HasStock:
     """to_torch() for the modules and cells."""
 
     def to_torch(self) -> nn.Module:
-        """A module of torch.nn's own class that shares the Parameters, for torch.jit.script, quantization or FX.
+        """A module of torch.nn's own class that shares the Parameters, for tools that go by the exact class.
 
         Returns:
             A module with the same Parameters, buffers, parametrizations, hooks and training flag. Training one trains

@@ -91,14 +91,14 @@ def choose(call: Call, measured: Sequence[Range] = MEASURED, has_run: bool = HAS
     return "cudnn", "no kernel of fastrnn was measured to be faster than cuDNN for such calls"
 
 
-def checked(name: str) -> str:
+def checked(name: str, argument: str = "fastrnn.cuda_tier: tier") -> str:
     """The name, if it is a tier; else ValueError."""
     if name not in TIERS:
-        raise ValueError(f"fastrnn.cuda_tier: tier must be one of {', '.join(TIERS)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(TIERS)}, got {name!r}")
     return name
 
 
-_forced = [checked(os.environ.get("FASTRNN_CUDA_TIER", "auto"))]  # the innermost block's last
+_forced = [checked(os.environ.get("FASTRNN_CUDA_TIER", "auto"), "FASTRNN_CUDA_TIER")]  # the innermost block's last
 
 
 def forced() -> str:

@@ -369,7 +369,24 @@ def test_command_lists_every_shape(capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(SHAPES)
 
 
-@pytest.mark.parametrize("options", [["--cells", "lstn"], ["--threads", "0"], ["--passes", "x"]], ids=" ".join)
-def test_command_refuses_unknown_options(options):
-    with pytest.raises(SystemExit):
-        command.main(options)
+REFUSED = {
+    "--cells lstn": "lstn: known are lstm",
+    "--passes x": "x: known are inference",
+    "--threads 0": "must be numbers from 1 on, or all, like 1,all; got '0'",
+    "--threads two": "like 1,all; got 'two'",
+    "--seconds-per-row -1": "must be a number of seconds above 0, got '-1'",
+    "--seconds-per-row x": "must be a number of seconds above 0, got 'x'",
+    "--shapes nosuch": "no row fits these arguments",
+    "--cells gru --shapes speech --passes vmap": "no row fits these arguments",
+    "--from nosuch.json": "there is no file nosuch.json",
+    "--markdown nosuch/table.md": "the directory nosuch does not exist",
+    "--pages": "--pages goes with --from",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_command_refuses_before_it_measures(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(options.split())
+    assert stopped.value.code == 2
+    assert REFUSED[options] in capsys.readouterr().err

@@ -138,6 +138,10 @@ def test_stock_modules_are_explained_and_others_refused(name):
     message = r"module must be an LSTM, GRU or RNN, or a cell, got torch.nn.modules.linear.Linear"
     with pytest.raises(TypeError, match=message):
         fastrnn.explain(nn.Linear(4, 5), X)
+    with pytest.raises(TypeError, match="Sequential; it holds some: 0"):
+        fastrnn.explain(nn.Sequential(fastrnn.LSTM(3, 5)), X)
+    with pytest.raises(TypeError, match="got builtins"):
+        fastrnn.explain(3, X)
 
 
 class Own(fastrnn.GRU):

@@ -76,8 +76,16 @@ def test_self_test_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None
 def test_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["nonsense"]) == 2
     assert command.main([]) == 2
-    assert "usage" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "usage" in shown
+    assert "unknown command 'nonsense'" in shown
+    assert "a command is missing" in shown
     assert command.main(["--help"]) == 0
+
+
+def test_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastrnn {fastrnn.__version__}\n"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -174,4 +182,4 @@ def test_unknown_instruction_set_in_the_environment_is_named(compiled: object) -
     environment = {**os.environ, "FASTRNN_ISA": "avx9000"}
     command = [sys.executable, "-c", "import fastrnn"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "FASTRNN_ISA=avx9000 is not available on this machine" in done.stderr
+    assert "FASTRNN_ISA=avx9000 is none of those that this machine has" in done.stderr

@@ -122,6 +122,8 @@ def test_bad_arguments_are_named(tmp_path):
         fastrnn.build_cell(header, "Linear; int x")
     with pytest.raises(ValueError, match=r"isas must be of scalar, .*got sse2"):
         fastrnn.build_cell(header, "Linear", isas=["sse2"])
+    with pytest.raises(TypeError, match="isas must be a sequence of names, got 'avx2'"):
+        fastrnn.build_cell(header, "Linear", isas="avx2")
     with pytest.raises(RuntimeError, match="does not load"):
         fastrnn.OwnCell(tmp_path / "nothing.so", linear_step)
     with pytest.raises(RuntimeError, match="has no fastrnn_own_cell"):
