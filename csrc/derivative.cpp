@@ -114,6 +114,20 @@ LayerArguments arguments_of(const Description& d, at::TensorList tensors, const 
   return a;
 }
 
+// Whether the backward computes without what stands at this position of the schema: biases; W_ih where x wants no
+// gradient; W_hh of a single step whose h0 wants none. A program may change these in place before it, as an optimizer
+// does between the backwards of two calls of one cell. With lengths, resets or masks all is read.
+bool unread(const Description& d, const LayerArguments& a, int64_t T, const variable_list& given, size_t position) {
+  const auto inputs = static_cast<size_t>(1 + state_count(d.cell));
+  const size_t slots = d.cell == Cell::lstm ? 5 : 4;
+  if (d.recording.recompute || position < inputs || position >= inputs + 2 * slots) return false;
+  const size_t slot = (position - inputs) % slots;
+  if (slot == 2 || slot == 3) return true;
+  if (a.lengths != nullptr || a.reset != nullptr) return false;
+  if (slot == 0) return !given[0].requires_grad();
+  return slot == 1 && T == 1 && a.batch_sizes == nullptr && !given[1].requires_grad();
+}
+
 Tensor copy_of(const Tensor& dense) {
   Tensor copy(at::detail::empty_cpu(dense.sizes(), dense.scalar_type()));
   std::memcpy(copy.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
@@ -170,10 +184,12 @@ class Layer : public torch::autograd::Function<Layer> {
     const c10::impl::ExcludeDispatchKeyGuard below(layers_above());
     std::array<Tensor, 3> stepped;
     const LayerArguments a = arguments_of(d, tensors, extras, stepped);
-    LayerResults r = cpu::layer_forward(a, checks::Checker(a).layer(), !d.recording.recompute);
+    const Sizes sizes = checks::Checker(a).layer();
+    LayerResults r = cpu::layer_forward(a, sizes, !d.recording.recompute);
     ctx->saved_data.emplace("description", d.pack());
     ctx->set_materialize_grads(false);
     variable_list saved(tensors.begin(), tensors.end());
+    set_apart(ctx, d, a, sizes.T, saved);
     const Tensor y = d.recording.recompute ? Tensor() : d.recording.own_y ? copy_of(r.y) : r.y;
     saved.insert(saved.end(), {extras.batch_sizes, extras.lengths, extras.reset, y, r.gates, r.cells});
     ctx->save_for_backward(std::move(saved));
@@ -188,8 +204,9 @@ class Layer : public torch::autograd::Function<Layer> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const Description d = Description::unpack(ctx->saved_data.at("description").toInt());
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
     const size_t count = saved.size() - kKept;
+    const bool changed = put_back(ctx, saved);
     std::vector<bool> wanted(count);
     for (size_t k = 0; k < count; ++k) wanted[k] = ctx->needs_input_grad(k);
     variable_list found;
@@ -200,6 +217,12 @@ class Layer : public torch::autograd::Function<Layer> {
     } else if (direct(saved) && direct(gradients)) {
       found = by_kernels(d, saved, count, gradients, wanted);
     } else {
+      TORCH_CHECK(
+          !changed,
+          "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+          "weight or bias of ",
+          kNames[static_cast<int>(d.cell)],
+          ". A derivative that is differentiated in turn computes the layer once more, from all its arguments.");
       found = in_python(d, saved, gradients, wanted);
     }
     found.resize(count + 2);  // Description and Extras have no gradient
@@ -208,6 +231,44 @@ class Layer : public torch::autograd::Function<Layer> {
 
  private:
   static constexpr size_t kKept = 6;  // after the tensors: extras, y, gates, cells
+
+  // What the backward does not read is kept beside the saved tensors, with its version: only the second derivative
+  // computes from it, and must find it unchanged.
+  static void set_apart(AutogradContext* ctx, const Description& d, const LayerArguments& a, int64_t T,
+                        variable_list& saved) {
+    std::vector<Tensor> apart;
+    std::vector<int64_t> places;  // in `saved`, each followed by the version, -1 if it has none
+    for (size_t position = 0, k = 0; position < kMaxGradients; ++position) {
+      if ((d.given >> position & 1) == 0) continue;
+      if (unread(d, a, T, saved, position)) {
+        places.insert(places.end(), {static_cast<int64_t>(k), version_of(saved[k])});
+        apart.push_back(std::move(saved[k]));
+        saved[k] = Tensor();
+      }
+      ++k;
+    }
+    if (apart.empty()) return;
+    ctx->saved_data.emplace("apart", std::move(apart));
+    ctx->saved_data.emplace("places", std::move(places));
+  }
+
+  // Whether one of them was changed.
+  static bool put_back(AutogradContext* ctx, variable_list& saved) {
+    const auto found = ctx->saved_data.find("apart");
+    if (found == ctx->saved_data.end()) return false;
+    const std::vector<Tensor> apart = found->second.toTensorVector();
+    const std::vector<int64_t> places = ctx->saved_data.at("places").toIntVector();
+    bool changed = false;
+    for (size_t j = 0; j < apart.size(); ++j) {
+      changed |= version_of(apart[j]) != places[2 * j + 1];
+      saved[static_cast<size_t>(places[2 * j])] = apart[j];
+    }
+    return changed;
+  }
+
+  static int64_t version_of(const Tensor& tensor) {
+    return tensor.is_inference() ? -1 : static_cast<int64_t>(tensor._version());
+  }
 
   static bool lstm_of(const Description& d) { return d.cell == Cell::lstm; }
 

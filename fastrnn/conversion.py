@@ -18,7 +18,8 @@ from torch import nn
 
 from .cells import GRUCell, LSTMCell, RNNCell
 from .modules import GRU, LSTM, RNN
-from .stock import CLASSES, class_on, noise_options, spoken_name, written_class
+from .stack import Stack
+from .stock import CLASSES, NOISE, class_on, noise_options, spoken_name, written_class
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = dict(
     zip(CLASSES, (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell), strict=True)
@@ -58,7 +59,7 @@ def convert(model: nn.Module) -> Conversion:
 
     Returns:
         What was converted, and what was left and why: subclasses, quantized and scripted modules, modules whose
-        forward was replaced.
+        forward was replaced, layers with an attribute zoneout, recurrent_dropout or weight_dropout of their own.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -94,6 +95,8 @@ def _change(model: nn.Module, targets: Mapping[type[nn.Module], type[nn.Module]]
             reason = None if written in settled else _why_left(module, written, tuple(targets))
         elif function == "convert" and "forward" in vars(module):
             reason = "its forward is replaced on the module itself, so that the forward of its class is not called"
+        elif function == "convert" and (names := _taken(module)):
+            reason = f"its {' and '.join(names)} would be an option of {spoken_name(target)}"
         elif function == "revert" and (noise := noise_options(module)):
             reason = f"torch.nn.{target.__name__} has no {' and no '.join(noise)}"
         else:
@@ -103,6 +106,12 @@ def _change(model: nn.Module, targets: Mapping[type[nn.Module], type[nn.Module]]
         if reason is not None:
             done.left[name] = reason
     return done
+
+
+def _taken(module: nn.Module) -> list[str]:
+    """The names among a stock module's attributes that mean something else to fastrnn's layers."""
+    kept = (vars(module), module._modules, module._parameters, module._buffers)
+    return [name for name in NOISE if isinstance(module, nn.RNNBase) and any(name in each for each in kept)]
 
 
 def _why_left(module: nn.Module, written: type[nn.Module], sources: tuple[type[nn.Module], ...]) -> str | None:
@@ -145,7 +154,10 @@ class _Named(ABCMeta):
             return super().__new__(mcls, name, bases, namespace)
         # class Mine(nn.LSTM): inherits from fastrnn's class
         meant = tuple(base._meant() if isinstance(base, mcls) else base for base in bases)
-        return types.new_class(name, meant, options, lambda made: made.update(namespace))
+        made = types.new_class(name, meant, options, lambda made: made.update(namespace))
+        if issubclass(made, Stack):  # written for torch.nn, whose layers have no names beside its own
+            made._fastrnn_names_are_foreign = True
+        return made
 
     def _meant(cls) -> type[nn.Module]:
         return cls._ours if _depth else cls._stock

@@ -59,6 +59,9 @@ def explain(
     ours = any(base.__module__.split(".")[0] == __package__ for base in written.__mro__)
     if extras and not (ours and isinstance(module, nn.RNNBase)):
         return f"{name} -> refused: TypeError: it takes no {' and no '.join(extras)}"
+    changes = getattr(module, "_fastrnn_changes", "")
+    if changes and not extras and not noise_options(module):
+        return f"{name} -> torch: torch.nn's own forward, because the class has its own {changes}"
     if not ours:
         return f"{name} -> torch: it is torch.nn's own class; fastrnn.convert turns it into fastrnn's of the same name"
     tensors = [input.data if isinstance(input, PackedSequence) else input, *_states(hx), *_weights(module)]
@@ -137,7 +140,7 @@ def _refusal(
             if extras or noise_options(module):
                 arguments: Any = (extras.get(name) for name in ("lengths", "reset", "reset_state"))
                 checked = sequences.check(module, input, hx, *arguments)
-                extended.check_range(sequences.OPERATORS[module._gates], checked.x, extras.get("lengths"))
+                extended.check_range(sequences.OPERATORS[module._fastrnn_gates], checked.x, extras.get("lengths"))
                 return None
             if isinstance(input, PackedSequence) and hx is not None:
                 module._check_packed_states(input, hx)
@@ -151,7 +154,7 @@ def _refusal(
 def _without_memory(module: nn.RNNBase | nn.RNNCellBase) -> nn.Module:
     """A stock module of the same sizes on the meta device; without dropout, which changes no shape."""
     stock = _stock_class(module)
-    options = [name for name in _OPTIONS if name in vars(module) and (name != "proj_size" or stock is nn.LSTM)]
+    options = [name for name in _OPTIONS if name in vars(module) and (name != "proj_size" or stock is CLASSES[0])]
     dtype = next((weight.dtype for weight in _weights(module) if weight is not None), None)
     return stock(**{name: getattr(module, name) for name in options}, device="meta", dtype=dtype)
 

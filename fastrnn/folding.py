@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 
 from .batching import fold, only_vmap_active, unfold
+from .stock import noise_of
 
 _functorch_active = torch._C._are_functorch_transforms_active
 
@@ -36,7 +37,7 @@ def layers(module: Any, forward: Callable[..., Any], input: Any, hx: Any, extras
     """
     if not _functorch_active() or not only_vmap_active():
         return None
-    noisy = module.zoneout or module.recurrent_dropout or module.weight_dropout or module.dropout
+    noisy = any(noise_of(module)) or module.dropout
     if not isinstance(input, Tensor) or (module.training and noisy):  # how masks are drawn is vmap's own matter
         return None
     shape = input.shape
@@ -47,12 +48,12 @@ def layers(module: Any, forward: Callable[..., Any], input: Any, hx: Any, extras
     tensors, places = [input], [rows]
     counts = []
     for given in (hx, extras.get("reset_state")) if extras else (hx,):
-        states = () if given is None else module._split_states(given)
+        states = () if given is None else module._fastrnn_split_states(given)
         if states is None or not all(isinstance(state, Tensor) for state in states):
             return None
         if states:
             layers = module.num_layers * (2 if module.bidirectional else 1)
-            expected = module._state_shapes((layers,) if single else (layers, shape[rows]))
+            expected = module._fastrnn_state_shapes((layers,) if single else (layers, shape[rows]))
             if any(state.shape != wanted for state, wanted in zip(states, expected, strict=True)):
                 return None
             tensors += states
@@ -71,7 +72,7 @@ def layers(module: Any, forward: Callable[..., Any], input: Any, hx: Any, extras
         x, *rest = folded
         given = []
         for count in counts:
-            given.append(module._join_states(tuple(rest[:count])) if count else None)
+            given.append(module._fastrnn_join_states(tuple(rest[:count])) if count else None)
             rest = rest[count:]
         if not extras:
             return forward(module, x, given[0])

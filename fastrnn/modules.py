@@ -47,8 +47,8 @@ class LSTM(Stack, nn.LSTM):
         equations, gate order (i f g o) and initial values of torch.nn.LSTM.
     """
 
-    _weights_per_direction = 5
-    _gates = 4
+    _fastrnn_weights_per_direction = 5
+    _fastrnn_gates = 4
 
     def __init__(
         self,
@@ -74,21 +74,23 @@ class LSTM(Stack, nn.LSTM):
         self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
-    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+    def _fastrnn_layer(
+        self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
         arguments: Any = (x, *states, *weights, batch_sizes)
         y, h_n, c_n = autograd.lstm_layer(*arguments, recompute=self.recompute)
         return y, (h_n, c_n)
 
-    def _split_states(self, hx: Any) -> States | None:
+    def _fastrnn_split_states(self, hx: Any) -> States | None:
         return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 
-    def _join_states(self, states: States) -> States:
+    def _fastrnn_join_states(self, states: States) -> States:
         return states
 
-    def _state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    def _fastrnn_state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         return (*lead, self.proj_size or self.hidden_size), (*lead, self.hidden_size)
 
-    def _zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
+    def _fastrnn_zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
         c0 = x.new_zeros((*lead, self.hidden_size))
         return (x.new_zeros((*lead, self.proj_size)) if self.proj_size else c0, c0)
 
@@ -120,7 +122,7 @@ class GRU(Stack, nn.GRU):
     Source: Cho et al. 2014, in the variant of torch.nn.GRU: gates r z n, and r applied to W_hn h + b_hn.
     """
 
-    _gates = 3
+    _fastrnn_gates = 3
 
     def __init__(
         self,
@@ -146,7 +148,9 @@ class GRU(Stack, nn.GRU):
         self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
-    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+    def _fastrnn_layer(
+        self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
         arguments: Any = (x, *states, *weights, batch_sizes)
         y, h_n = autograd.gru_layer(*arguments, recompute=self.recompute)
         return y, (h_n,)
@@ -207,7 +211,9 @@ class RNN(Stack, nn.RNN):
         self._set_recompute(recompute)
         sequences.set_noise(self, zoneout, recurrent_dropout, weight_dropout)
 
-    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+    def _fastrnn_layer(
+        self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
         if self.mode not in ("RNN_TANH", "RNN_RELU"):
             raise AssertionError(f"fastrnn.{type(self).__name__}: mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         arguments: Any = (x, *states, *weights, batch_sizes, self.mode == "RNN_RELU")

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import extended
 from .extras import Extras
 from .operators import GRU, LSTM, RNN
-from .stock import noise_options
+from .stock import noise_of, noise_options
 
 OPERATORS = {4: LSTM, 3: GRU, 1: RNN}
 
@@ -46,7 +46,7 @@ def set_noise(module: Any, zoneout: Any, recurrent_dropout: Any, weight_dropout:
 
 def _checked_zoneout(module: Any, zoneout: Any) -> float | tuple[float, ...]:
     name = module._get_name()
-    if module._gates != 4:
+    if module._fastrnn_gates != 4:
         return probability(name, "zoneout", zoneout)
     if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
         raise TypeError(f"fastrnn.{name}: zoneout must be a pair (p_h, p_c), got {zoneout!r}")
@@ -56,10 +56,11 @@ def _checked_zoneout(module: Any, zoneout: Any) -> float | tuple[float, ...]:
 def _check_noise(module: Any) -> None:
     """The same for options that were changed after the construction, at a call that has any of them."""
     name = module._get_name()
-    if module.zoneout:
-        _checked_zoneout(module, module.zoneout)
-    for option in ("recurrent_dropout", "weight_dropout"):
-        probability(name, option, getattr(module, option))
+    zoneout, recurrent_dropout, weight_dropout = noise_of(module)
+    if zoneout:
+        _checked_zoneout(module, zoneout)
+    probability(name, "recurrent_dropout", recurrent_dropout)
+    probability(name, "weight_dropout", weight_dropout)
 
 
 def noise_repr(module: Any) -> str:
@@ -68,7 +69,7 @@ def noise_repr(module: Any) -> str:
 
 
 def _zoneouts(module: Any) -> tuple[float, float]:
-    zoneout = module.zoneout
+    zoneout = noise_of(module)[0]
     return tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, 0.0)
 
 
@@ -100,7 +101,7 @@ def check(
         x, batch_sizes, sorted_indices, unsorted_indices = input
     if not isinstance(x, Tensor):
         raise TypeError(f"fastrnn.{name}: input must be a Tensor or a PackedSequence, got {type(x).__name__}")
-    if module.zoneout or module.recurrent_dropout or module.weight_dropout:
+    if any(noise_of(module)):
         _check_noise(module)
     packed, single = batch_sizes is not None, batch_sizes is None and x.dim() == 2
     if x.dim() not in ((2,) if packed else (2, 3)):
@@ -122,10 +123,10 @@ def check(
 
     rows = directions * module.num_layers
     lead = (rows,) if single else (rows, batch)
-    widths = tuple([shape[-1] for shape in module._state_shapes(lead)])
+    widths = tuple([shape[-1] for shape in module._fastrnn_state_shapes(lead)])
     states = _states(module, "hx", hx, lead, widths, x, expand=False)
     if states is None:
-        states = module._zero_states(x, (rows, batch))
+        states = module._fastrnn_zero_states(x, (rows, batch))
     elif sorted_indices is not None:
         states = tuple(state.index_select(1, sorted_indices) for state in states)
     if lengths is not None:
@@ -170,11 +171,11 @@ def forward(
 
     if single:
         finals = [state.squeeze(1) for state in finals]
-    last = module._join_states(tuple(finals))
+    last = module._fastrnn_join_states(tuple(finals))
     if not return_all_states:
         return shaped(y), last
     h = tuple(shaped(tensor) for tensor in every_h)
-    if module._gates != 4:
+    if module._fastrnn_gates != 4:
         return h[-1], last, h
     return h[-1], last, (h, tuple(shaped(tensor) for tensor in every_c))
 
@@ -185,7 +186,7 @@ def _states(
     """States as a tuple of [L*D, B, width], checked; None stays. With expand a batch of one stands for all."""
     if given is None:
         return None
-    states = module._split_states(given)
+    states = module._fastrnn_split_states(given)
     function = module._get_name()
     if states is None:
         raise TypeError(f"fastrnn.{function}: {name} must be a pair (h, c), got {type(given).__name__}")
@@ -213,15 +214,16 @@ def _stack(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """The layers one above the other: y, the final states over L*D, and each layer's h and c at every step."""
     directions = 2 if module.bidirectional else 1
-    operator = OPERATORS[module._gates]
-    slots = module._weights_per_direction
-    options = (module.mode == "RNN_RELU",) if module._gates == 1 else ()
+    operator = OPERATORS[module._fastrnn_gates]
+    slots = module._fastrnn_weights_per_direction
+    options = (module.mode == "RNN_RELU",) if module._fastrnn_gates == 1 else ()
     dropout = module.dropout if module.training else 0.0
-    keep_cells = all_states and module._gates == 4
-    noisy = module.zoneout or module.recurrent_dropout
+    keep_cells = all_states and module._fastrnn_gates == 4
+    zoneout, recurrent_dropout, weight_dropout = noise_of(module)
+    noisy = zoneout or recurrent_dropout
     masks: tuple[Tensor | None, ...] = (None, None, None)
     finals, every_h, every_c = [], [], []
-    layers = module._layer_weights()
+    layers = module._fastrnn_layer_weights()
     if layers is None:
         name = type(module).__name__
         raise RuntimeError(f"fastrnn.{name}: num_layers, bias or bidirectional is not what the weights were made for")
@@ -233,9 +235,9 @@ def _stack(
         if module.num_layers > 1:
             own = slice(index * directions, (index + 1) * directions)
             firsts, others = (tuple([state[own] for state in of]) for of in (states, others))
-        if module.weight_dropout and module.training:
+        if weight_dropout and module.training:
             for position in range(1, directions * slots, slots):
-                weights[position] = torch.dropout(weights[position], module.weight_dropout, True)
+                weights[position] = torch.dropout(weights[position], weight_dropout, True)
         if noisy:
             masks = _masks(module, x, firsts)
         extras = Extras(lengths, reset, *others, *(None,) * (2 - len(others)), *masks)
@@ -255,7 +257,9 @@ def _stack(
 
 def _own(module: Any, y: Tensor) -> Tensor:
     """A copy of y where stack.py makes one: the derivative reads y, which a program may change in place."""
-    onednn = module._gates == 4 and y.dtype is torch.float32 and not module.bidirectional and not module.proj_size
+    onednn = (
+        module._fastrnn_gates == 4 and y.dtype is torch.float32 and not module.bidirectional and not module.proj_size
+    )
     return y.clone() if y.requires_grad and not onednn else y
 
 
@@ -263,7 +267,7 @@ def _masks(module: Any, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor | N
     """h_mask, zoneout_h and zoneout_c of one layer, drawn from torch's generator in this order while training."""
     h_mask = None
     keeps: list[Tensor | None] = []
-    p = module.recurrent_dropout if module.training else 0.0
+    p = noise_of(module)[1] if module.training else 0.0
     if p:
         h_mask = states[0].new_empty(states[0].shape).bernoulli_(1 - p)
         if p < 1:

@@ -18,12 +18,17 @@ from torch.nn.utils.rnn import PackedSequence
 from . import autograd, folding, sequences, tracing
 from .direct_calls import DirectCalls
 from .scripting import scriptable
-from .stock import HasStock
+from .stock import HasStock, NoNoise, noise_of
 
 Weights = list[Tensor | None]
 States = tuple[Tensor, ...]
 
 
+# Methods that torch.nn's forward calls and fastrnn's does not.
+_METHODS = (
+    *("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden"),
+    "_update_flat_weights",
+)
 _RECORDING = (
     "fastrnn.prepacked: a call inside the block needs a gradient; use torch.no_grad() or torch.inference_mode(), "
     "or train outside the block"
@@ -64,14 +69,15 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
     Inside, states are always a tuple, (h, c) or (h,), and weights a list in the order of the operator's arguments.
     """
 
-    _weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
-    _gates = 1
+    _fastrnn_weights_per_direction = 4  # w_ih, w_hh, b_ih, b_hh; the LSTM also has w_hr
+    _fastrnn_gates = 1
     recompute = False  # an attribute of the instance only where it was asked for: torch.nn's modules have none
 
     @classmethod
     def _direct_call_kind(cls) -> int:
         options = cls.recompute or cls.zoneout or cls.recurrent_dropout or cls.weight_dropout
-        return cls._gates if cls.forward is _FORWARD and not options else 0
+        ordinary = cls.forward is _FORWARD and not cls._fastrnn_changes
+        return cls._fastrnn_gates if ordinary and (cls._fastrnn_names_are_foreign or not options) else 0
 
     def _set_recompute(self, recompute: bool) -> None:
         if not isinstance(recompute, bool):
@@ -83,36 +89,47 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         refuse_recording(self, tensors)
 
     # Options for noise, set on an instance where they are not zero: modules pickled before there were any have none.
-    zoneout: float | tuple[float, float] = 0.0
-    recurrent_dropout = 0.0
-    weight_dropout = 0.0
+    zoneout: Any = NoNoise()
+    recurrent_dropout: Any = NoNoise()
+    weight_dropout: Any = NoNoise()
+    _fastrnn_names_are_foreign = False  # conversion.py sets it on classes that are made inside patch()
+    _fastrnn_changes = ""  # the method of torch.nn's that a subclass replaces: then torch.nn's forward calls it
 
-    def _layer(self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == __package__]
+        written = cls.__mro__[: cls.__mro__.index(own[0])]
+        changed = (name for base in written for name in _METHODS if name in vars(base))
+        cls._fastrnn_changes = next(changed, "")
+
+    def _fastrnn_layer(
+        self, x: Tensor, states: States, weights: Weights, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
         """One layer with its directions. x is [T, B, I] or packed [N, I]; returns y and the final states."""
         raise NotImplementedError
 
-    def _split_states(self, hx: Any) -> States | None:
+    def _fastrnn_split_states(self, hx: Any) -> States | None:
         """hx as a tuple of states; None if it does not have the form that torch.nn asks for."""
         return (hx,)
 
-    def _join_states(self, states: States) -> Tensor | States:
+    def _fastrnn_join_states(self, states: States) -> Tensor | States:
         """The final states in the form that torch.nn returns."""
         return states[0]
 
-    def _state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    def _fastrnn_state_shapes(self, lead: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The shape of each state; lead is (L*D, B), or (L*D,) for an unbatched input."""
         return ((*lead, self.hidden_size),)
 
-    def _zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
+    def _fastrnn_zero_states(self, x: Tensor, lead: tuple[int, ...]) -> States:
         """Initial states of one layer; lead is (D, B)."""
         return (x.new_zeros((*lead, self.hidden_size)),)
 
-    def _layer_weights(self) -> list[Weights] | None:
+    def _fastrnn_layer_weights(self) -> list[Weights] | None:
         """For each layer the weights of its directions, in the order of the operator's arguments.
 
         None if there are not as many as the attributes say, which a program may have changed since.
         """
-        slots = self._weights_per_direction
+        slots = self._fastrnn_weights_per_direction
         rows = self._all_weights  # torch.nn's list of names: an entry for each layer and direction
         expected = (4 if self.bias else 2) + (self.proj_size > 0)
         if len(rows) != self.num_layers * (2 if self.bidirectional else 1):
@@ -195,13 +212,16 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         Raises:
             ValueError, RuntimeError, TypeError: an argument does not fit; the same type as torch.nn raises.
         """
-        more = return_all_states or self.zoneout or self.recurrent_dropout or self.weight_dropout
+        zoneout, recurrent_dropout, weight_dropout = noise_of(self)
+        more = return_all_states or zoneout or recurrent_dropout or weight_dropout
         further = more or not (lengths is reset is reset_state is None)
+        if self._fastrnn_changes and not further:
+            return self._torch_forward(input, hx)
         if not is_compiling():
             output = None
             if not more and autograd._C is not None:  # the short way, for ordinary calls: csrc/layer_call.cpp
                 output = autograd._C.layer_call(
-                    self.__dict__, self._gates, self.recompute, input, hx, lengths, reset, reset_state
+                    self.__dict__, self._fastrnn_gates, self.recompute, input, hx, lengths, reset, reset_state
                 )
             if output is None:
                 output = self._whole_call(input, hx, lengths, reset, reset_state, return_all_states)
@@ -213,8 +233,8 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
             x, batch_sizes, sorted_indices, unsorted_indices = input
         else:
             x, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
-        layers = self._layer_weights()
-        states = () if hx is None else self._split_states(hx)
+        layers = self._fastrnn_layer_weights()
+        states = () if hx is None else self._fastrnn_split_states(hx)
         if layers is None or states is None:
             return self._torch_forward(input, hx)
         tensors: Weights = [x, *states]
@@ -230,7 +250,7 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         if directions == 1:
             for weights in layers:
-                weights += (None,) * self._weights_per_direction
+                weights += (None,) * self._fastrnn_weights_per_direction
         rows = directions * self.num_layers
         shape = x.shape
         lead: tuple[int, ...]
@@ -253,7 +273,7 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         if not fits or shape[-1] != self.input_size:
             return self._torch_forward(input, hx)
         if states:
-            expected = self._state_shapes(lead)
+            expected = self._fastrnn_state_shapes(lead)
             for k, state in enumerate(states):
                 if state.shape != expected[k]:
                     return self._torch_forward(input, hx)
@@ -266,14 +286,14 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
 
         if len(layers) == 1:
             if not states:
-                states = self._zero_states(x, (directions, batch))
-            y, states = self._layer(x, states, layers[0], batch_sizes)
+                states = self._fastrnn_zero_states(x, (directions, batch))
+            y, states = self._fastrnn_layer(x, states, layers[0], batch_sizes)
         else:
-            y, states = self._stack(x, states, layers, batch_sizes, (directions, batch))
+            y, states = self._fastrnn_stack(x, states, layers, batch_sizes, (directions, batch))
         # The derivative reads y. A program may change the output of torch.nn in place before backward, but for that of
         # oneDNN's LSTM, which torch saves too; a copy, about 1 % of a training step, keeps ours out of its reach.
         if y.requires_grad and not (
-            self._gates == 4 and y.dtype == torch.float32 and directions == 1 and not self.proj_size
+            self._fastrnn_gates == 4 and y.dtype == torch.float32 and directions == 1 and not self.proj_size
         ):
             y = y.clone()
 
@@ -281,13 +301,13 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
             if unsorted_indices is not None:
                 states = tuple([state.index_select(1, unsorted_indices) for state in states])
             packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self._join_states(states)
+            return packed, self._fastrnn_join_states(states)
         if len(lead) == 1:
             y = y.squeeze(1)
             states = tuple([state.squeeze(1) for state in states])
         elif self.batch_first:
             y = y.transpose(0, 1)
-        return y, self._join_states(states)
+        return y, self._fastrnn_join_states(states)
 
     def _whole_call(
         self,
@@ -315,9 +335,9 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
             batch = int(batch_sizes[0])
         else:
             batch = 1 if x.dim() != 3 else x.shape[0 if self.batch_first else 1]
-        return autograd.cuda_route(tensors, self._gates, self.hidden_size, batch, self.training, extended)
+        return autograd.cuda_route(tensors, self._fastrnn_gates, self.hidden_size, batch, self.training, extended)
 
-    def _stack(
+    def _fastrnn_stack(
         self,
         x: Tensor,
         states: States,
@@ -329,13 +349,13 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         if states:
             firsts = list(zip(*[state.split(lead[0]) for state in states], strict=True))
         else:
-            firsts = [self._zero_states(x, lead)] * len(layers)
+            firsts = [self._fastrnn_zero_states(x, lead)] * len(layers)
         dropout = self.dropout if self.training else 0.0
         finals: list[States] = []
         for first, weights in zip(firsts, layers, strict=True):
             if finals and dropout != 0:
                 x = torch.dropout(x, dropout, True)  # on [T, B, D*R] or packed rows: the same mask as torch.nn's
-            x, final = self._layer(x, first, weights, batch_sizes)
+            x, final = self._fastrnn_layer(x, first, weights, batch_sizes)
             finals.append(final)
         return x, tuple([torch.cat(of_layers) for of_layers in zip(*finals, strict=True)])
 
@@ -357,7 +377,7 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
         """Checks the weights that torch.nn is about to read, as many as its attributes say."""
         self._update_flat_weights()
         units, width = self.hidden_size, self.proj_size or self.hidden_size
-        rows, directions = self._gates * units, 2 if self.bidirectional else 1
+        rows, directions = self._fastrnn_gates * units, 2 if self.bidirectional else 1
         shapes: list[tuple[int, ...]] = []
         for layer in range(self.num_layers):
             features = self.input_size if layer == 0 else directions * width
@@ -370,11 +390,11 @@ class Stack(HasStock, DirectCalls, nn.RNNBase):
                 raise RuntimeError(f"fastrnn.{type(self).__name__}: {name} must be {list(shape)}, got {got}")
 
     def _check_packed_states(self, input: PackedSequence, hx: Tensor | States) -> None:
-        states = self._split_states(hx)
+        states = self._fastrnn_split_states(hx)
         if states is None:
             raise RuntimeError(f"fastrnn.{type(self).__name__}: hx must be a pair of tensors (h_0, c_0)")
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        shapes: Any = self._state_shapes((rows, int(input.batch_sizes[0])))
+        shapes: Any = self._fastrnn_state_shapes((rows, int(input.batch_sizes[0])))
         for k, (state, expected) in enumerate(zip(states, shapes, strict=True)):
             name = "hidden" if len(states) == 1 else f"hidden[{k}]"
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")

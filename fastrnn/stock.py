@@ -46,9 +46,38 @@ def class_on(module: nn.Module, written: type[nn.Module]) -> type[nn.Module]:
     return type(f"Parametrized{written.__name__}", (written,), namespace)
 
 
+NOISE = ("zoneout", "recurrent_dropout", "weight_dropout")
+
+
+class NoNoise:
+    """One of the options for noise on the class: zero, unless a program has a module or a tensor of this name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is not None:
+            for kept in (module._modules, module._parameters, module._buffers):
+                if self._name in kept:
+                    return kept[self._name]
+        return 0.0
+
+
+def noise_of(module: Any) -> tuple[Any, Any, Any]:
+    """zoneout, recurrent_dropout and weight_dropout of a module of fastrnn.
+
+    Zeros for a class that a program written for torch.nn made inside patch(): there the names are the program's own.
+    """
+    if module._fastrnn_names_are_foreign:
+        return 0.0, 0.0, 0.0
+    return module.zoneout, module.recurrent_dropout, module.weight_dropout
+
+
 def noise_options(module: nn.Module) -> dict[str, Any]:
     """The module's options for noise that are not zero, by name. torch.nn's modules have no such options."""
-    given = {name: getattr(module, name, 0.0) for name in ("zoneout", "recurrent_dropout", "weight_dropout")}
+    if not hasattr(type(module), "_fastrnn_names_are_foreign"):
+        return {}
+    given = dict(zip(NOISE, noise_of(module), strict=True))
     return {name: value for name, value in given.items() if (any(value) if isinstance(value, (tuple, list)) else value)}
 
 

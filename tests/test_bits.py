@@ -14,7 +14,8 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 # I, H, B, T: below and above a vector, a tile, a thread's share; the last four are worth a second thread. "passes":
-# sums longer than a pass over a panel (matmul.h), and more rows than the sweep's buffer of sums holds
+# sums of more than a pass and a half over a panel (matmul.h), more rows than the sweep's buffer of sums holds, and more
+# than two steps, the first two of which may read the weights without packing them
 SHAPES = {
     "tiny": (1, 1, 3, 2),
     "vector": (5, 17, 7, 5),
@@ -23,7 +24,7 @@ SHAPES = {
     "batch": (24, 64, 65, 6),
     "units": (40, 200, 2, 12),
     "both": (64, 130, 20, 8),
-    "passes": (530, 270, 131, 2),
+    "passes": (400, 390, 67, 3),
 }
 FORWARD = ("y", "h_n", "c_n")
 INPUTS = ("d_x", "d_h0", "d_c0")

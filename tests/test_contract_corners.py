@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from twins import LAYERS, NAMES, STEPS, an_input, both, first, tensors_of
 
+import fastrnn
+
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_module_may_be_converted_while_a_weight_is_missing(name: str) -> None:
@@ -52,3 +54,26 @@ def test_a_module_in_shared_memory_computes_the_same(name: str) -> None:
     assert all(parameter.is_shared() for parameter in ours.parameters())
     for found, before in zip(tensors_of(ours(an_input(name))), expected, strict=True):
         assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("method", ["check_forward_args", "check_input", "get_expected_hidden_size", "permute_hidden"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_methods_of_torchs_that_a_subclass_replaces_are_called(name: str, method: str) -> None:
+    results = []
+    for library in (fastrnn, nn):
+        calls = []
+        base = getattr(library, name)
+
+        def replaced(self, *arguments, base=base, calls=calls, **options):
+            calls.append(method)
+            return getattr(base, method)(self, *arguments, **options)
+
+        torch.manual_seed(7)
+        module = type("Replaced", (base,), {method: replaced})(3, 5)
+        results.append(first(module(an_input(name))))
+        assert calls.count(method) >= 1
+        results.append(first(type("Below", (type(module),), {})(3, 5)(an_input(name))))
+    assert torch.equal(results[0], results[2])
+    ours = type("Replaced", (getattr(fastrnn, name),), {method: replaced})(3, 5)
+    assert fastrnn.explain(ours, an_input(name)).endswith(f"because the class has its own {method}")
+    assert "kernel" in fastrnn.explain(type("Plain", (getattr(fastrnn, name),), {})(3, 5), an_input(name))

@@ -428,3 +428,16 @@ def test_traced_graph_of_fx_is_converted(model):
     graph = torch.fx.symbolic_trace(model)
     assert len(fastrnn.convert(graph).converted) == len(NAMES_IN_TAGGER)
     assert_close(graph(tokens()), expected)
+
+
+@pytest.mark.parametrize("value", [0.5, nn.Dropout(0.5), nn.Parameter(torch.ones(2))], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("option", ["zoneout", "recurrent_dropout", "weight_dropout"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_attributes_with_the_names_of_options_are_left_alone(name, option, value):
+    module, x = getattr(nn, name)(3, 5), an_input(name)
+    setattr(module, option, value)
+    expected = first(module(x))
+    done = fastrnn.convert(module)
+    assert done.left == {"": f"its {option} would be an option of fastrnn.{name}"}
+    assert type(module) is getattr(nn, name)
+    assert torch.equal(first(module(x)), expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from twins import (
     CELLS,
+    CLASSES,
     NAMES,
     STEPS,
     an_input,
@@ -86,6 +87,68 @@ def test_change_of_a_saved_tensor_is_noticed(cell):
             {"x": x, "h0": tensors_of(hx)[0], "weight_hh_l0": ours.weight_hh_l0}[change].add_(1)
             with torch.enable_grad(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_optimizer_may_step_between_the_backwards_of_two_steps_of_a_cell(cell):
+    """As with torch.nn: without gradients of the input and the state nothing is read that the optimizer changes."""
+    gradients = []
+    for module in twins(cell, 3, 9, step=True):
+        torch.manual_seed(3)
+        first_loss, second_loss = (tensors_of(module(torch.randn(2, 3)))[0].square().sum() for _ in range(2))
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        first_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        second_loss.backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_change_of_a_bias_does_no_harm_before_a_first_derivative_and_is_noticed_before_a_second(cell, recompute):
+    options = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
+    ours = getattr(fastrnn, CLASSES[cell])(3, 9, num_layers=2, recompute=recompute, **options)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    leaves = [x, *ours.parameters()]
+    y, _ = ours(x)
+    expected = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+    with torch.no_grad():
+        ours.bias_hh_l0.add_(1)
+    if not recompute:
+        found = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+        assert all(map(torch.equal, found, expected))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.square().sum(), leaves, create_graph=not recompute)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_change_of_input_weights_does_no_harm_where_the_input_wants_no_gradient(cell):
+    ours, _ = twins(cell, 3, 9)
+    for wants in (False, True):
+        x = torch.randn(4, 2, 3, requires_grad=wants)
+        y, _ = ours(x)
+        expected = torch.autograd.grad(y.sum(), list(ours.parameters()), retain_graph=True)
+        with torch.no_grad():
+            ours.weight_ih_l0.add_(1)
+        if wants:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        else:
+            found = torch.autograd.grad(y.sum(), list(ours.parameters()))
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_weights_of_one_step_are_read_where_the_state_wants_a_gradient(cell):
+    ours, _ = twins(cell, 3, 9, step=True)
+    x, hx = torch.randn(2, 3), like(random_state(cell, 1, 2, H=9), lambda t: t[0].requires_grad_())
+    h = tensors_of(ours(x, hx))[0]
+    with torch.no_grad():
+        ours.weight_hh.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -117,7 +117,7 @@ def test_ordinary_calls_take_the_short_way(name, gradient, monkeypatch):
     def refuse(*_):
         raise AssertionError("the call took the long way")
 
-    monkeypatch.setattr(Stack, "_layer_weights", refuse)
+    monkeypatch.setattr(Stack, "_fastrnn_layer_weights", refuse)
     monkeypatch.setattr(fastrnn.cells, "_layer_arguments", refuse)
     module, x = getattr(fastrnn, name)(3, 5), an_input(name)
     cell = {"L": "lstm", "G": "gru", "R": "rnn_tanh"}[name[0]]

@@ -203,3 +203,46 @@ def test_copies_of_stock_modules_stay_stock(name):
         fastrnn.revert(stock)
         assert type(stock) is STOCK[name]
         assert type(getattr(fastrnn, name)(3, 5).to_torch()) is STOCK[name]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_names_of_options_are_a_programs_own_in_its_subclasses(name):
+    """Code for torch.nn may call its attributes as fastrnn calls its options, or its methods."""
+    x = torch.randn(4, 2, 3)
+    with fastrnn.patch():
+
+        class Dropping(getattr(nn, name)):
+            def __init__(self, *sizes: int, weight_dropout: float = 0.5) -> None:
+                super().__init__(*sizes)
+                self.weight_dropout, self.zoneout = weight_dropout, 0.1
+                self.recurrent_dropout = nn.Dropout(0.5)
+                self._layer, self._stack, self._gates = nn.Linear(2, 2), [], 7
+
+        module = Dropping(3, 5)
+    assert isinstance(module, getattr(fastrnn, name))
+    assert (module.weight_dropout, module.zoneout, module._gates) == (0.5, 0.1, 7)
+    assert isinstance(module.recurrent_dropout, nn.Dropout)
+    stock = STOCK[name](3, 5)
+    stock.load_state_dict({key: value for key, value in module.state_dict().items() if key in stock.state_dict()})
+    expected = first(stock(x))
+    lengths = torch.tensor([4, 4])
+    for found in (module(x), module(x, lengths=lengths), torch.vmap(module)(x[None])):
+        torch.testing.assert_close(first(found).reshape(expected.shape), expected)
+    assert fastrnn.explain(module, x).partition(" -> ")[2].startswith("kernel")
+    assert "zoneout" not in repr(module)
+
+
+def test_options_of_fastrnns_own_classes_hold_in_the_block():
+    with fastrnn.patch():
+        assert nn.GRU(3, 5, zoneout=0.25).zoneout == 0.25
+        assert "zoneout=0.25" in repr(nn.GRU(3, 5, zoneout=0.25))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_are_scripted_in_the_block_as_outside(name):
+    x = an_input(name)
+    module = getattr(fastrnn, name)(3, 5)
+    with fastrnn.patch():
+        scripted = torch.jit.script(nn.Sequential(module))
+    torch.testing.assert_close(first(scripted(x)), first(module(x)))

@@ -18,6 +18,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
   static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
+  static_assert(kPass % kChain == 0);
 
  public:
   explicit BackwardSweep(const BackwardTask& task)
@@ -102,7 +103,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
         int64_t k0 = 0;
         do {
-          const int64_t k1 = k_size - k0 < kPass ? k_size : k0 + kPass;
+          const int64_t k1 = k0 + next_pass(kPass, k_size - k0);
           const Ahead ahead(q - q0, k1 - k0, nv * kVectorBytes);
           const Scalar* const after =
               layer_.P ? nullptr : read_after(p, j + 1 < last - first_of_all ? next : -1, q < tiles.tiles, k1, k_size);
@@ -132,7 +133,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   const Scalar* read_after(int64_t panel, int64_t next, bool again, int64_t k1, int64_t k_size) const {
     const Scalar* const begin = in(task_.w_hh) + states_.first(panel) * L * k_size;
     if (k1 < k_size) return begin + k1 * states_.width(panel) * L;
-    if (again) return k_size > kPass ? begin : nullptr;
+    if (again) return next_pass(kPass, k_size) < k_size ? begin : nullptr;
     return next < 0 ? nullptr : in(task_.w_hh) + states_.first(next) * L * k_size;
   }
 

@@ -22,6 +22,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
   static constexpr int64_t kPass = pass_terms<V>(kSweepChain);
+  static_assert(kPass % kSweepChain == 0);
+  static_assert(Tiles<V>::kPaired <= Tiles<V>::rows(4) && Tiles<V>::kPaired <= Tiles<V>::rows(3));  // one tile
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
   // What packing the weights costs grows with their size, and what it gains at a later step does not: T steps of so few
   // rows that their number does not change how panels are paired read a W_hh in place that has at least T^2 times this
@@ -185,7 +187,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         const int64_t pass = packed && tiles.tiles > 1 ? kPass : layer_.I;
         int64_t k0 = 0;
         do {
-          args.k = layer_.I - k0 < pass ? layer_.I - k0 : pass;
+          args.k = next_pass(pass, layer_.I - k0);
           const int64_t k1 = k0 + args.k;
           const Ahead ahead(tiles.tiles, args.k, nv * kVectorBytes);
           args.w = weights + k0 * nv * L;
@@ -327,7 +329,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
       const int64_t next_panel = which ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
-      if (!kUnpacked && r_ > kPass && tiles.tiles > 1) {
+      if (!kUnpacked && next_pass(kPass, r_) < r_ && tiles.tiles > 1) {
         const int64_t together = n <= kBufferRows ? tiles.tiles : tiles_together(tiles.tiles, Tiles<V>::rows(nv));
         for (int64_t q = 0, stop; q < tiles.tiles; q = stop) {
           stop = q + together < tiles.tiles ? q + together : tiles.tiles;
@@ -354,13 +356,13 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
-  // Tiles [q, stop) of a panel into the buffer, kPass terms of all of them after the other. The first tiles of a panel
-  // fetch the passes that are to come, the last ones what follows the panel.
+  // Tiles [q, stop) of a panel into the buffer, a pass of terms of all of them after the other. The first tiles of a
+  // panel fetch the passes that are to come, the last ones what follows the panel.
   void multiply_in_passes(TileArgs<Scalar> args, const RowTiles& tiles, int64_t q, int64_t stop, const Scalar* h,
                           const Scalar* x_gates, int nv, const Scalar* following) {
     const int64_t begin = tiles.first(q);
-    for (int64_t k = 0; k < r_; k += kPass) {
-      args.k = r_ - k < kPass ? r_ - k : kPass;
+    for (int64_t k = 0; k < r_; k += args.k) {
+      args.k = next_pass(kPass, r_ - k);
       const bool last = k + args.k == r_;
       const Scalar* const after = args.w + args.k * nv * L;
       const Scalar* const next = last ? (stop < tiles.tiles ? nullptr : following) : q ? nullptr : after;

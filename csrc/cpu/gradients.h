@@ -23,6 +23,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   static constexpr int64_t kPass = pass_terms<V>(kShortChain);  // terms of d_x per pass over a panel
   static constexpr int64_t kStripTile = kTileRows * kSumRows + kOverread;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
+  static constexpr int64_t kMovedPass = 8 * kPass;
   static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);
 
  public:
@@ -193,12 +194,13 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   // The row of d_x that row n of d_gates belongs to.
   Scalar* input_row(int64_t n) const { return out(task_.layer->d_x) + task_.places[n] * layer_.I; }
 
-  // Rows [row, end) of d_x in the columns of one panel, in passes of kPass terms.
+  // Rows [row, end) of d_x in the columns of one panel, in passes; longer ones where each moves the sums to and fro.
   void input_panel(int d, const Panels& panels, int64_t p, const Scalar* packed, int64_t row, int64_t end,
                    const Scalar* following) {
     const int64_t k_size = G * layer_.H, step = panels.width(p) * L;
-    for (int64_t k = 0; k < k_size; k += kPass) {
-      const int64_t stop = k + kPass < k_size ? k + kPass : k_size;
+    const bool moves = task_.places || panels.first(p + 1) * L > layer_.I;
+    for (int64_t k = 0, stop; k < k_size; k = stop) {
+      stop = k + next_pass(moves ? kMovedPass : kPass, k_size - k);
       input_block(d, panels, p, packed + k * step, row, end, k, stop, stop < k_size ? packed + stop * step : following);
     }
   }

@@ -33,7 +33,7 @@ struct TileArgs {
   const char* ahead;   // fetched into the second-level cache while the tile runs, a line for each k; null: nothing.
                        // Tiles of a single panel and few sums fetch nothing unless `far`
   int64_t ahead_step;  // bytes from the line of one k to that of the next, 64 or less
-  bool far;            // the weights are larger than kFarBytes
+  bool far;            // W_hh, which this is, is larger than kFarBytes
   Scalar* out;         // [M] rows of [NP*NV][lanes], out_row elements apart
   int64_t out_row;
 };
@@ -50,8 +50,11 @@ constexpr int64_t kNearBytes = 32 * 1024;
 template <class V>
 constexpr int64_t pass_terms(int64_t chain) {
   constexpr int64_t kNear = kNearBytes / (4 * V::kLanes * static_cast<int64_t>(sizeof(typename V::Scalar)));
-  return kNear < chain ? chain : kNear;
+  return (kNear < chain ? chain : kNear) / chain * chain;  // a pass ends where a chain does
 }
+// Terms of the next of the passes over `left` terms: a rest of less than half a pass is none of its own, whose few
+// terms would have to fetch the next panel.
+constexpr int64_t next_pass(int64_t pass, int64_t left) { return left < pass + pass / 2 ? left : pass; }
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
@@ -67,9 +70,10 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   const Scalar* a = t.a;
   const Scalar* w = t.w;
   const int64_t a_row = t.a_row, a_step = t.a_step, w_panel = t.w_panel;
-  // AVX2's tiles, of at most twelve sums, fetch and do not ask; with no fetching they are 1.05 (H = 256) to 1.25 times
-  // as slow (H = 512 and more, Ice Lake). What is far is fetched by tiles of any size: RNN of 1760 units, B = 1, 2, 3
-  // 1.03, 1.08, 1.11 times as fast, backward of LSTM of 1024 units 1.02, 1.03, 1.06; nearer weights 1 to 8 % slower.
+  // AVX2's tiles of one panel, of at most twelve sums, fetch and do not ask; with no fetching they are 1.05 (H = 256)
+  // to 1.25 times as slow (H = 512 and more, Ice Lake). What is far is fetched by tiles of any size: RNN of 1760 units,
+  // B = 1, 2, 3 1.03, 1.08, 1.11 times as fast, backward of LSTM of 1024 units 1.02, 1.03, 1.06; nearer weights 1 to 8
+  // % slower.
   constexpr bool kManyRows = M * N >= 16, kAsks = kManyRows || NP == 2;
   constexpr bool kFetches = kAsks || (L > 1 && M * N >= V::kRegisters / 2);
   const bool wishes = t.ahead != nullptr && (kFetches || (L > 1 && t.far));
