@@ -11,6 +11,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
+#include <string>
 
 #include "checks.h"
 #include "event.h"
@@ -236,35 +237,35 @@ class Layer : public torch::autograd::Function<Layer> {
   // computes from it, and must find it unchanged.
   static void set_apart(AutogradContext* ctx, const Description& d, const LayerArguments& a, int64_t T,
                         variable_list& saved) {
-    std::vector<Tensor> apart;
     std::vector<int64_t> places;  // in `saved`, each followed by the version, -1 if it has none
     for (size_t position = 0, k = 0; position < kMaxGradients; ++position) {
       if ((d.given >> position & 1) == 0) continue;
       if (unread(d, a, T, saved, position)) {
         places.insert(places.end(), {static_cast<int64_t>(k), version_of(saved[k])});
-        apart.push_back(std::move(saved[k]));
+        ctx->saved_data.emplace(key(k),
+                                std::move(saved[k]));  // one by one: compiled autograd traces no tensor in a list
         saved[k] = Tensor();
       }
       ++k;
     }
-    if (apart.empty()) return;
-    ctx->saved_data.emplace("apart", std::move(apart));
-    ctx->saved_data.emplace("places", std::move(places));
+    if (!places.empty()) ctx->saved_data.emplace("places", std::move(places));
   }
 
-  // Whether one of them was changed.
+  // Whether one of them was changed. What a compiler traces in their place has versions of its own.
   static bool put_back(AutogradContext* ctx, variable_list& saved) {
-    const auto found = ctx->saved_data.find("apart");
+    const auto found = ctx->saved_data.find("places");
     if (found == ctx->saved_data.end()) return false;
-    const std::vector<Tensor> apart = found->second.toTensorVector();
-    const std::vector<int64_t> places = ctx->saved_data.at("places").toIntVector();
+    const std::vector<int64_t> places = found->second.toIntVector();
     bool changed = false;
-    for (size_t j = 0; j < apart.size(); ++j) {
-      changed |= version_of(apart[j]) != places[2 * j + 1];
-      saved[static_cast<size_t>(places[2 * j])] = apart[j];
+    for (size_t j = 0; j < places.size(); j += 2) {
+      const auto k = static_cast<size_t>(places[j]);
+      saved[k] = ctx->saved_data.at(key(k)).toTensor();
+      changed |= is_dense(saved[k]) && version_of(saved[k]) != places[j + 1];
     }
     return changed;
   }
+
+  static std::string key(size_t k) { return {static_cast<char>('a' + k)}; }
 
   static int64_t version_of(const Tensor& tensor) {
     return tensor.is_inference() ? -1 : static_cast<int64_t>(tensor._version());

@@ -34,7 +34,8 @@ def _torch_is_restored():
     before = [dict(vars(holder)) for holder in holders]
     yield
     for holder, names in zip(holders, before, strict=True):
-        assert {name: value for name, value in vars(holder).items() if names.get(name) is not value} == {}, holder
+        changed = {name for name, value in vars(holder).items() if names.get(name) is not value}
+        assert changed <= {"__annotations__"}, holder  # torch.jit.script gives a class some
 
 
 @pytest.mark.parametrize("name", NAMES)
