@@ -98,6 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--from: there is no file {options.source}")
     if options.pages and not options.source:
         parser.error("--pages goes with --from")
+    if options.pages and not options.source.resolve().is_relative_to(machine.checkout().resolve()):
+        parser.error(f"--pages: {options.source} is not in the checkout, where the pages could name it")
     if not (options.list or options.source or _tasks(options)):
         parser.error("no row fits these arguments; --list prints the shapes with their cells")
     return options

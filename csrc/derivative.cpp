@@ -117,7 +117,7 @@ LayerArguments arguments_of(const Description& d, at::TensorList tensors, const 
 
 // Whether the backward computes without what stands at this position of the schema: biases; W_ih where x wants no
 // gradient; W_hh of a single step whose h0 wants none. A program may change these in place before it, as an optimizer
-// does between the backwards of two calls of one cell. With lengths, resets or masks all is read.
+// does between the backwards of two calls of one cell. With lengths or resets weights count as read.
 bool unread(const Description& d, const LayerArguments& a, int64_t T, const variable_list& given, size_t position) {
   const auto inputs = static_cast<size_t>(1 + state_count(d.cell));
   const size_t slots = d.cell == Cell::lstm ? 5 : 4;

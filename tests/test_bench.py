@@ -381,6 +381,8 @@ REFUSED = {
     "--from nosuch.json": "there is no file nosuch.json",
     "--markdown nosuch/table.md": "the directory nosuch does not exist",
     "--pages": "--pages goes with --from",
+    "--pages --from /dev/null": "there is no file /dev/null",
+    "--pages --from /etc/passwd": "--pages: /etc/passwd is not in the checkout",
 }
 
 
