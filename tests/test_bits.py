@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from twins import CELLS, like, random_state, tensors_of, training_step, twins
 
+import fastrnn
+
 pytestmark = pytest.mark.usefixtures("isa")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -171,6 +173,31 @@ def test_bits_are_those_of_training_in_inference_and_of_a_second_run(cell, dtype
         assert torch.equal(tensor, second[name]), name
     with torch.inference_mode():
         assert_bits(tensors_of(module(x, hx)), [first[name] for name in FORWARD if name in first], FORWARD)
+
+
+# The kernels walk the units of a layer downwards in every other call of one step, or of three: units that fill panels
+# and those that do not, weights that are read where they lie, packed at each call, and packed beforehand.
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 2, 5, 9], ids="B{}".format)
+@pytest.mark.parametrize("sizes", [(24, 40), (30, 37), (16, 144)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_are_those_of_the_call_before(cell, sizes, batch, dtype):
+    features, units = sizes
+    module, stock = twins(cell, features, units, dtype=dtype, bidirectional=batch == 2)
+    hx = random_state(cell, 1 + module.bidirectional, batch, H=units, dtype=dtype)
+    x = torch.randn(3, batch, features, dtype=dtype)
+    with torch.no_grad():
+        steps = module(x[:1], hx)[0]
+        whole = module(x, hx)[0]
+        torch.testing.assert_close(whole, stock(x, hx)[0])
+        assert torch.equal(steps, whole[:1]) or module.bidirectional
+        for _ in range(3):
+            assert torch.equal(module(x[:1], hx)[0], steps)
+            assert torch.equal(module(x, hx)[0], whole)
+        with fastrnn.prepacked(module):
+            for _ in range(3):
+                assert torch.equal(module(x[:1], hx)[0], steps)
+                assert torch.equal(module(x, hx)[0], whole)
 
 
 @DTYPES

@@ -41,6 +41,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
         kept_(recurrent_bytes(end_unit_ - first_unit_) <= kKeptBytes),
         far_(recurrent_bytes(layer_.H) > kFarBytes),
+        joined_(layer_.T == 1 && rows_.count() <= DirectTiles<V>::kMostRows && !task.parts),
         in_place_(lazy_ &&
                   (repacks() || (rows_.count() <= DirectTiles<V>::kPaired &&
                                  layer_.T <= recurrent_bytes(end_unit_ - first_unit_) / kInPlaceBytes / layer_.T))) {}
@@ -143,6 +144,13 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     args.ahead_step = step;
   }
 
+  // Rows of x, a_row apart.
+  struct Chunk {
+    const Scalar* a;
+    int64_t a_row;
+    bool first, only;  // of all chunks
+  };
+
   // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them.
   int64_t project(int64_t s) {
     const int64_t end = next_chunk(s);
@@ -159,9 +167,20 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         return end;
       }
     }
+    const Chunk chunk{a, a_row, s == 0, end - s == layer_.T};
+    if (joined_) {
+      chunk_ = chunk;
+    } else {
+      project_panels(chunk, first_panel_, last_panel_);
+    }
+    return end;
+  }
+
+  // The input gates of panels [first_panel, last_panel) for a chunk.
+  void project_panels(const Chunk& chunk, int64_t first_panel, int64_t last_panel) {
     TileArgs<Scalar> args{};
     args.chain = kSweepChain;
-    args.a_row = a_row;
+    args.a_row = chunk.a_row;
     args.a_step = 1;
     args.out_row = x_gates_row_;
     // As many rows at a time as stay in the cache beside a panel while all panels pass.
@@ -169,20 +188,20 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     const int64_t fit = kRowBytes / bytes > 48 ? kRowBytes / bytes : 48;
     for (int64_t begin = 0; begin < chunk_rows_; begin += fit) {
       const int64_t rows = chunk_rows_ - begin < fit ? chunk_rows_ - begin : fit;
-      for (int64_t p = first_panel_; p < last_panel_; ++p) {
+      for (int64_t p = first_panel; p < last_panel; ++p) {
         const int nv = static_cast<int>(units_.width(p)) * G;
         const int64_t block = units_.first(p);
-        const bool first = begin == 0 && (s == 0 || repacks());
+        const bool first = begin == 0 && (chunk.first || repacks());
         Scalar* const x_gates = out(task_.x_gates) + begin * x_gates_row_ + (block * L - first_unit_) * G;
         if (repacks() && can_read_in_place(rows, layer_.I, p, 1)) {
-          product_in_place(direction_.w_ih, task_.b_ih, p, nv, a + begin * args.a_row, args.a_row, rows, layer_.I,
+          product_in_place(direction_.w_ih, task_.b_ih, p, nv, chunk.a + begin * args.a_row, args.a_row, rows, layer_.I,
                            x_gates, x_gates_row_, nullptr);
           continue;
         }
         const Scalar* const weights =
-            panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, end - s == layer_.T && rows == chunk_rows_);
+            panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, chunk.only && rows == chunk_rows_);
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
-        const bool fetches = p + 1 < last_panel_, packed = !(lazy_ && first);
+        const bool fetches = p + 1 < last_panel, packed = !(lazy_ && first);
         const Scalar* const following = fetches && packed ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
         const int64_t pass = packed && tiles.tiles > 1 ? kPass : layer_.I;
         int64_t k0 = 0;
@@ -193,7 +212,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
           args.w = weights + k0 * nv * L;
           for (int64_t j = 0; j < tiles.tiles; ++j) {
             const int64_t row = begin + tiles.first(j);
-            args.a = a + row * args.a_row + k0;
+            args.a = chunk.a + row * args.a_row + k0;
             ahead.set(args, j, k1 < layer_.I ? weights + k1 * nv * L : following);
             if (fetches && !packed) set_ahead_of_packing(args, j, tiles.tiles, direction_.w_ih, p + 1, nv);
             args.out = x_gates + tiles.first(j) * x_gates_row_;
@@ -205,7 +224,6 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         } while (k0 < layer_.I);
       }
     }
-    return end;
   }
 
   // x_gates of a chunk in parts (parts.h), from rows of x that lie a_row apart; `first`: of all chunks, `only`: there
@@ -290,12 +308,13 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     if (layer_.P) project_h(t, n, s & 1);
   }
 
-  // The panels of one step, upwards in even steps and downwards in odd ones: what was read last is still in the cache.
+  // The panels of one step, upwards and downwards in turns: what was read last is still in the cache.
   // kUnpacked: weights are read where they lie, and packed now where they cannot be, or by step 0 alone if it is the
   // first of more than two.
   template <bool kUnpacked>
   void walk(int64_t s, int64_t t, int64_t n, int64_t at) {
     const int which = s & 1;
+    const bool down = (which != 0) != task_.downwards;
     const Scalar* h = in(task_.masked_h[which]);
     TileArgs<Scalar> args{};
     args.k = r_;
@@ -307,10 +326,11 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     const int pair = n <= Tiles<V>::kPaired && G > 2 ? 2 : 1;
     const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
     for (int64_t j = 0; j < groups; ++j) {
-      const int64_t p = first_panel_ + (which ? groups - 1 - j : j) * pair;
+      const int64_t p = first_panel_ + (down ? groups - 1 - j : j) * pair;
       const int np = p + pair <= last_panel_ ? pair : 1;
       const int nv = static_cast<int>(units_.width(p)) * G;
       const int64_t block = units_.first(p);
+      if (joined_) project_panels(chunk_, p, p + np);
       if constexpr (kUnpacked) {
         if (can_read_in_place(n, r_, p, np)) {
           Scalar* const place = in_place_ ? nullptr : out(task_.w_hh) + units_.first(p) * G * L * r_;
@@ -327,7 +347,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
       const RowTiles tiles(n, Tiles<V>::rows(nv));
       const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
-      const int64_t next_panel = which ? p - pair : p + pair;
+      const int64_t next_panel = down ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
       if (!kUnpacked && next_pass(kPass, r_) < r_ && tiles.tiles > 1) {
         const int64_t together = n <= kBufferRows ? tiles.tiles : tiles_together(tiles.tiles, Tiles<V>::rows(nv));
@@ -419,6 +439,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // that reads in place packs past the caches (AVX-512): LSTM of 1024 units, B = 1, T = 25 1.15 times as fast (Ice
   // Lake). At H = 512 (4 MB) neither gains. No fence follows: a thread reads no panels but its own.
   const bool far_;
+  // The only step of few rows computes the input gates of a panel right before its recurrent product. So the next call,
+  // which walks the other way, finds panels of both weights in the caches.
+  const bool joined_;
+  Chunk chunk_ = {};
   const bool in_place_;  // steps read W_hh where it lies
 };
 

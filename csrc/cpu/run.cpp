@@ -254,6 +254,18 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   }
 }
 
+// Whether a call walks the panels of its weights downwards at its first step: where the call before with the same
+// weights left off, whose last panels may still be in the caches. A bit of this thread's for each of 64 classes of
+// addresses; weights that share one may find their panels in any order, as they would without.
+bool begins_downwards(const DirectionForward& direction, int64_t steps) {
+  static thread_local uint64_t downwards = 0;
+  const void* const weights = direction.packed ? direction.packed->w_hh : direction.w_hh;
+  const int bit = static_cast<int>(reinterpret_cast<uintptr_t>(weights) * 0x9E3779B97F4A7C15 >> 58);
+  const bool down = (downwards >> bit & 1) != 0;
+  downwards ^= static_cast<uint64_t>(steps & 1) << bit;
+  return down;
+}
+
 size_t element(const LayerForward& layer) { return layer.is_double ? 8 : 4; }
 
 void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
@@ -261,6 +273,10 @@ void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
   static thread_local ForwardTask tasks[2][kMostThreads];
   ForwardTask(*shared)[kMostThreads] = tasks;  // the caller's, for every thread of the region
   lay_out(layer, plan, scratch, shared);
+  for (int d = 0; d < layer.D; ++d) {
+    const bool down = begins_downwards(layer.direction[d], layer.T);
+    for (int member = 0; member < plan.members; ++member) shared[d][member].downwards = down;
+  }
   const auto run = plan.kernels->forward[static_cast<int>(layer.cell)];
   run_region(
       plan.threads,
