@@ -160,9 +160,10 @@ def test_results_alias_nothing_and_inputs_stay(door: str, cell: str, shape: dict
 
 
 @pytest.mark.parametrize(("cell", "shape"), [case for case in FEW if not case.values[0].startswith("rnn")])
-def test_saved_arrays_are_written_throughout(isa: str, cell: str, shape: dict) -> None:
+@pytest.mark.parametrize("units", [None, 24], ids=["units", "units24"])  # 24 fill vectors, but for those of AVX-512
+def test_saved_arrays_are_written_throughout(isa: str, cell: str, shape: dict, units: int | None) -> None:
     """Also where units are padded: what happened to lie in memory would make two equal calls differ."""
-    layer = sample(cell, **shape, dtype=torch.float32)
+    layer = sample(cell, **shape | ({"H": units} if units else {}), dtype=torch.float32)
     runs = []
     for stain in (0.0, torch.nan, 1.0):
         sizes = [result.shape for result in forward("direct", layer, save=True).values()]

@@ -238,11 +238,9 @@ class BackwardSteps {
       return Given<Before>{p, Cell::kStates == 2 ? nullptr : layer_.conversion}.at(j);
     };
     if (rows_.reset(t, row)) return at(replacement, rows_.replacement(row, width));
-    const int64_t t_previous = rows_.reversed() ? t + 1 : t - 1;
-    if (t_previous < 0 || t_previous >= layer_.T || row >= rows_.active(t_previous)) {
-      return at(initial, rows_.batch(row) * width);
-    }
-    return at(all, rows_.index(t_previous, row) * row_size + offset);
+    const int64_t before = rows_.time_before(t);
+    if (!rows_.exists(before) || row >= rows_.active(before)) return at(initial, rows_.batch(row) * width);
+    return at(all, rows_.index(before, row) * row_size + offset);
   }
 
   // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
@@ -295,14 +293,49 @@ class BackwardSteps {
     return at;
   }
 
+  // Whether every one of rows [first, first + m) at time t lies where next_row() says.
+  bool at_one_stride(int64_t t, int64_t first, int64_t m) const {
+    if (layer_.order || rows_.resets() || (kConverts && layer_.conversion)) return false;
+    const int64_t before = rows_.time_before(t);
+    return !rows_.exists(before) || first + m <= rows_.active(before);
+  }
+
+  // The row after `at`: row_at() of each asks a dozen questions that have one answer for all.
+  void next_row(Row& at) const {
+    const int64_t rows = rows_.stride(), H = layer_.H;
+    ++at.row;
+    if (Cell::kSaved > 0) at.gates += rows * c_row_ * Cell::kSaved;
+    if constexpr (Cell::kStates == 2) {
+      at.cells += rows * H;
+      if (at.d_cells) at.d_cells += rows * H;
+      at.before += rows * H;
+      at.d_c += c_row_;
+    } else {
+      at.y += rows * y_row_;
+      at.before += rows * (rows_.exists(rows_.time_before(at.t)) ? y_row_ : r_);
+    }
+    if (at.d_state) at.d_state += state_row_;
+    if (at.d_y) at.d_y += rows * y_row_;
+    at.d_gates += rows * d_row_;
+    if (at.cell_h) at.cell_h += rows * H;
+  }
+
   // The derivative of the cell for m rows and `blocks` unit blocks, kTogether blocks of a row at a time; what came
   // through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
   template <int kTogether, bool kBlends>
   __attribute__((noinline)) void differentiate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks) {
     const Scalar* sums = buffer_;
     alignas(64) Scalar room[3][4 * L];
+    const bool strides = at_one_stride(t, first, m);
+    Row at = row_at(t, first, block * L, blocks * L, room);
     for (int j = 0; j < m; ++j) {
-      const Row at = row_at(t, first + j, block * L, blocks * L, room);
+      if (j > 0) {
+        if (strides) {
+          next_row(at);
+        } else {
+          at = row_at(t, first + j, block * L, blocks * L, room);
+        }
+      }
       int k = 0;
       for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
         differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);

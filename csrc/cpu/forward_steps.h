@@ -248,8 +248,74 @@ class ForwardSteps {
     places.ordered = layer_.order != nullptr, places.whole = whole_, places.projected = layer_.P != 0;
     if (m == 1) {
       activate_run<kTogether, kNoisy>(places, first, block * L, blocks, 0, L);
-    } else {
-      for (int k = 0; k < blocks; ++k) activate_run<kTogether, kNoisy>(places, first, (block + k) * L, m, 1, 0);
+      return;
+    }
+    for (int k = 0; k < blocks; ++k) {
+      const int64_t unit = (block + k) * L;
+      if constexpr (!kNoisy && kHasLines) {
+        const bool saves = places.gates || places.cells;
+        if (is_line(places, unit, saves)) {
+          if (saves) {
+            activate_line<true>(places, unit, m);
+          } else {
+            activate_line<false>(places, unit, m);
+          }
+          continue;
+        }
+      }
+      activate_run<kTogether, kNoisy>(places, first, unit, m, 1, 0);
+    }
+  }
+
+  // Most calls have the rows of a step at one stride, all units of a vector, and everything or nothing to save. Their
+  // cell is a loop of its own, which asks nothing; one row at a time, since more in turn are no faster.
+  static constexpr bool kHasLines = !Elements::kRounds && Cell::kParameters == 0;
+
+  bool is_line(const Places& places, int64_t unit, bool saves) const {
+    if (places.ordered || places.projected || !places.y || places.H - unit < L) return false;
+    if (!saves) return true;
+    if (L < 16 && places.H - unit <= L && places.H < places.c_row) return false;  // leaves the rest of a block of gates
+    return (Cell::kSaved == 0 || places.gates) && (Cell::kStates == 1 || places.cells);
+  }
+
+  template <bool kSaves>
+  inline __attribute__((always_inline)) void activate_line(const Places& places, int64_t unit, int m) const {
+    const Scalar* r = places.r + (unit - places.unit) * G;
+    const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
+    const Scalar* h_before = places.h_before + places.first * places.h_row + unit;
+    Scalar* h_after = places.h_after + places.first * places.h_row + unit;
+    Scalar* c = places.c + places.first * places.c_row + unit;
+    Element* y = places.y + places.index * places.y_row + unit;
+    Scalar* cells = places.cells + places.index * places.H + unit;
+    Scalar* gates = places.gates + saved_offset<Cell>(places.index, places.c_row, unit);
+    const int64_t y_step = places.index_stride * places.y_row, cells_step = places.index_stride * places.H;
+    const int64_t gates_step = places.index_stride * places.c_row * Cell::kSaved;
+    for (int j = 0; j < m; ++j) {
+      V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
+      unroll<G>([&](auto g) __attribute__((always_inline)) {
+        xs[g.value] = V::load(x + g.value * L);
+        rs[g.value] = V::load(r + g.value * L);
+      });
+      if constexpr (Cell::kStates == 2) {
+        prev[0] = V::zero();
+        prev[1] = V::load(c);
+      } else {
+        prev[0] = V::load(h_before);
+      }
+      forward_cell<Cell, V>(xs, rs, prev, next, saved, nullptr);
+      next[0].store(h_after);
+      next[0].store(y);
+      if constexpr (Cell::kStates == 2) {
+        next[1].store(c);
+        if constexpr (kSaves) next[1].store(cells);
+      }
+      if constexpr (kSaves) {
+        unroll<Cell::kSaved>([&](auto k)
+                                 __attribute__((always_inline)) { saved[k.value].store(gates + k.value * 16); });
+      }
+      r += places.r_row, x += places.x_row, h_before += places.h_row, h_after += places.h_row, y += y_step;
+      if constexpr (Cell::kStates == 2) c += places.c_row;
+      if constexpr (kSaves) cells += cells_step, gates += gates_step;
     }
   }
 

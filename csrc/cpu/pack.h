@@ -188,12 +188,16 @@ void pack_direction(const LayerForward& layer, int d, const PackedWeights& packe
 
 // Rows row(0), ..., row(k_size - 1) of panels.n columns, void pointers, of elements of 16 bits if `conversion` is given
 // -> for each panel of [p0, p1), one behind the other, [k][block][lanes], zero past the last column. No transpose: a
-// panel is a strip of columns.
+// panel is a strip of columns. Rows of a large matrix, which comes from the third-level cache, are asked for some rows
+// ahead: a row of a panel is too short for the hardware's own prefetching (Ice Lake beside other guests: one step of a
+// GRU, B = 32, H = 512, backward 1.03 to 1.05 times as fast, RNN, H = 1024 1.09; 1 % slower when it had the machine).
 template <class V, class Row>
 inline __attribute__((always_inline)) void pack_columns(const Row& row, const Conversion* conversion, int64_t k_size,
                                                         const Panels& panels, int64_t p0, int64_t p1,
                                                         typename V::Scalar* packed) {
   constexpr int L = V::kLanes;
+  constexpr int64_t kSize = sizeof(typename V::Scalar), kRowsAhead = 12, kLarge = 1024 * 1024;
+  const bool asks = k_size * panels.n * kSize >= kLarge;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t width = panels.width(p), column = panels.first(p) * L;
     const int64_t rest = panels.n - column < width * L ? panels.n - column : width * L;
@@ -207,6 +211,10 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, const Co
         }
       }
       const typename V::Scalar* from = static_cast<const typename V::Scalar*>(row(k)) + column;
+      if (asks && k + kRowsAhead < k_size) {
+        const auto* const next = static_cast<const typename V::Scalar*>(row(k + kRowsAhead)) + column;
+        for (int64_t j = 0; j < rest; j += 64 / kSize) __builtin_prefetch(next + j, 0, 3);
+      }
       int64_t j = 0;
       for (; j + L <= rest; j += L) V::load(from + j).store(to + j);
       if (j < rest) V::load_partial(from + j, static_cast<int>(rest - j)).store(to + j);

@@ -31,6 +31,9 @@ class Rows {
   int64_t stride() const { return stride_; }
   // The time of the s-th step of the sweep.
   int64_t time(int64_t s) const { return reversed_ ? layer_.T - 1 - s : s; }
+  // That of the step before the one at time t; may lie outside of the sequence.
+  int64_t time_before(int64_t t) const { return reversed_ ? t + 1 : t - 1; }
+  bool exists(int64_t t) const { return t >= 0 && t < layer_.T; }
   // How many of this thread's rows are active at time t.
   int64_t active(int64_t t) const {
     if (!layer_.batch_sizes) return count_;
