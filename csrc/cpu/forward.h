@@ -151,7 +151,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     bool first, only;  // of all chunks
   };
 
-  // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them.
+  // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them. Where a call joins
+  // the products of a panel, walk() computes them.
   int64_t project(int64_t s) {
     const int64_t end = next_chunk(s);
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
@@ -442,7 +443,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // The only step of few rows computes the input gates of a panel right before its recurrent product. So the next call,
   // which walks the other way, finds panels of both weights in the caches.
   const bool joined_;
-  Chunk chunk_ = {};
+  Chunk chunk_ = {};     // then: the rows of that step
   const bool in_place_;  // steps read W_hh where it lies
 };
 

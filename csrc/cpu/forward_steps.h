@@ -15,7 +15,9 @@ namespace cpu {
 
 // Sweep: the class derived from this one, with
 //   pack()          lays out the weights, this thread's share
-//   project(s)      the input gates of the steps from s on that fit a chunk; the step after them
+//   project(s)      the input gates of the steps from s on that fit a chunk, unless step() computes them; the step
+//   after
+//                   them
 //   step(s, t, n, at)   the product of one step of n rows, whose input gates begin at row `at` of the chunk; calls
 //                   activate() on what it leaves in buffer_
 template <class Sweep, class Cell, class V, class Elements>
@@ -280,23 +282,25 @@ class ForwardSteps {
 
   template <bool kSaves>
   inline __attribute__((always_inline)) void activate_line(const Places& places, int64_t unit, int m) const {
+    constexpr bool kStates2 = Cell::kStates == 2, kSavesGates = kSaves && Cell::kSaved > 0;
     const Scalar* r = places.r + (unit - places.unit) * G;
     const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
     const Scalar* h_before = places.h_before + places.first * places.h_row + unit;
     Scalar* h_after = places.h_after + places.first * places.h_row + unit;
-    Scalar* c = places.c + places.first * places.c_row + unit;
     Element* y = places.y + places.index * places.y_row + unit;
-    Scalar* cells = places.cells + places.index * places.H + unit;
-    Scalar* gates = places.gates + saved_offset<Cell>(places.index, places.c_row, unit);
+    Scalar *c = nullptr, *cells = nullptr, *gates = nullptr;
+    if constexpr (kStates2) c = places.c + places.first * places.c_row + unit;
+    if constexpr (kStates2 && kSaves) cells = places.cells + places.index * places.H + unit;
+    if constexpr (kSavesGates) gates = places.gates + saved_offset<Cell>(places.index, places.c_row, unit);
     const int64_t y_step = places.index_stride * places.y_row, cells_step = places.index_stride * places.H;
     const int64_t gates_step = places.index_stride * places.c_row * Cell::kSaved;
-    for (int j = 0; j < m; ++j) {
+    for (int left = m;;) {
       V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
       unroll<G>([&](auto g) __attribute__((always_inline)) {
         xs[g.value] = V::load(x + g.value * L);
         rs[g.value] = V::load(r + g.value * L);
       });
-      if constexpr (Cell::kStates == 2) {
+      if constexpr (kStates2) {
         prev[0] = V::zero();
         prev[1] = V::load(c);
       } else {
@@ -305,17 +309,19 @@ class ForwardSteps {
       forward_cell<Cell, V>(xs, rs, prev, next, saved, nullptr);
       next[0].store(h_after);
       next[0].store(y);
-      if constexpr (Cell::kStates == 2) {
+      if constexpr (kStates2) {
         next[1].store(c);
         if constexpr (kSaves) next[1].store(cells);
       }
-      if constexpr (kSaves) {
+      if constexpr (kSavesGates) {
         unroll<Cell::kSaved>([&](auto k)
                                  __attribute__((always_inline)) { saved[k.value].store(gates + k.value * 16); });
       }
+      if (--left == 0) return;
       r += places.r_row, x += places.x_row, h_before += places.h_row, h_after += places.h_row, y += y_step;
-      if constexpr (Cell::kStates == 2) c += places.c_row;
-      if constexpr (kSaves) cells += cells_step, gates += gates_step;
+      if constexpr (kStates2) c += places.c_row;
+      if constexpr (kStates2 && kSaves) cells += cells_step;
+      if constexpr (kSavesGates) gates += gates_step;
     }
   }
 

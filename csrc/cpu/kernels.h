@@ -43,8 +43,8 @@ struct ForwardTask {
   const int64_t* first_row;   // [T] rows before step t, sum of batch_sizes; null without them (t*B)
   int64_t chunk_rows;         // rows of input gates computed at a time; at least the rows of one step
   const PartProducts* parts;  // for the products with W_ih, or null; w_ih lies as it wants then
-  bool downwards;             // ForwardSweep walks the panels downwards in even steps and upwards in odd ones
   bool packed;                // the weights below came packed (PackedWeights): read, never written
+  bool downwards;             // ForwardSweep walks the panels downwards in even steps and upwards in odd ones
   // Shared by the team, packed here (pack.h) unless they came packed; Hp = padded(H), Rp = padded(R), Pp = padded(P).
   void* w_ih;  // [Hp*G*I]
   void* w_hh;  // [Hp*G*R]

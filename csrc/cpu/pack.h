@@ -189,8 +189,9 @@ void pack_direction(const LayerForward& layer, int d, const PackedWeights& packe
 // Rows row(0), ..., row(k_size - 1) of panels.n columns, void pointers, of elements of 16 bits if `conversion` is given
 // -> for each panel of [p0, p1), one behind the other, [k][block][lanes], zero past the last column. No transpose: a
 // panel is a strip of columns. Rows of a large matrix, which comes from the third-level cache, are asked for some rows
-// ahead: a row of a panel is too short for the hardware's own prefetching (Ice Lake beside other guests: one step of a
-// GRU, B = 32, H = 512, backward 1.03 to 1.05 times as fast, RNN, H = 1024 1.09; 1 % slower when it had the machine).
+// ahead: a row of a panel is too short for the hardware's own prefetching (Ice Lake while others used the cache:
+// one step of a GRU, B = 32, H = 512, backward 1.03 to 1.07 times as fast, of an RNN, H = 1024 1.09 to 1.12; else .99
+// to 1.00).
 template <class V, class Row>
 inline __attribute__((always_inline)) void pack_columns(const Row& row, const Conversion* conversion, int64_t k_size,
                                                         const Panels& panels, int64_t p0, int64_t p1,

@@ -268,14 +268,14 @@ bool begins_downwards(const DirectionForward& direction, int64_t steps) {
 
 size_t element(const LayerForward& layer) { return layer.is_double ? 8 : 4; }
 
-void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
+// downwards: of each direction, as ForwardTask has it.
+void forward_with(const LayerForward& layer, const Plan& plan, const bool (&downwards)[2], void* memory) {
   Scratch scratch(memory, element(layer));
   static thread_local ForwardTask tasks[2][kMostThreads];
   ForwardTask(*shared)[kMostThreads] = tasks;  // the caller's, for every thread of the region
   lay_out(layer, plan, scratch, shared);
   for (int d = 0; d < layer.D; ++d) {
-    const bool down = begins_downwards(layer.direction[d], layer.T);
-    for (int member = 0; member < plan.members; ++member) shared[d][member].downwards = down;
+    for (int member = 0; member < plan.members; ++member) shared[d][member].downwards = downwards[d];
   }
   const auto run = plan.kernels->forward[static_cast<int>(layer.cell)];
   run_region(
@@ -287,7 +287,7 @@ void forward_with(const LayerForward& layer, const Plan& plan, void* memory) {
         }
         for (int d = 0; d < layer.D; ++d) run(shared[d][thread]);
       },
-      [&] { forward_with(layer, serial_plan(plan), memory); });
+      [&] { forward_with(layer, serial_plan(plan), downwards, memory); });
 }
 
 void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
@@ -339,7 +339,12 @@ Plan plan_backward(const LayerBackward& layer, int threads) {
   return plan;
 }
 
-void run_forward(const LayerForward& layer, const Plan& plan, void* scratch) { forward_with(layer, plan, scratch); }
+void run_forward(const LayerForward& layer, const Plan& plan, void* scratch) {
+  bool downwards[2] = {};
+  for (int d = 0; d < layer.D; ++d) downwards[d] = begins_downwards(layer.direction[d], layer.T);
+  forward_with(layer, plan, downwards, scratch);
+}
+
 void run_backward(const LayerBackward& layer, const Plan& plan, void* scratch) { backward_with(layer, plan, scratch); }
 
 size_t packed_bytes(const LayerForward& layer, const PackedWeights* like) {
