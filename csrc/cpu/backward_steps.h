@@ -12,6 +12,7 @@
 #include "elements.h"
 #include "group.h"
 #include "kernels.h"
+#include "lines.h"
 #include "matmul.h"
 #include "parameters.h"
 #include "rows.h"
@@ -243,16 +244,7 @@ class BackwardSteps {
     return at(all, rows_.index(before, row) * row_size + offset);
   }
 
-  // One row at one step: where its units begin in all that the derivative of the cell reads and writes.
-  struct Row {
-    int64_t row, t;  // row of the states; time
-    // Null where the cell or the call has none.
-    const Scalar *gates, *cells, *d_cells;
-    const Before* before;  // c (or h) before the step
-    const Element *y, *d_y;
-    Scalar *d_state, *d_c;  // d_state: not with a projection, whose d_h comes whole through W_hr
-    Element *d_gates, *cell_h;
-  };
+  using Row = BackwardRow<Scalar, Element, Before>;
 
   // A row of elements, to be read at [first, first + units) alone: where they are converted, these lie in `room`.
   const Element* readable(const void* from, int64_t first, int64_t units, Scalar* room) const {
@@ -293,31 +285,11 @@ class BackwardSteps {
     return at;
   }
 
-  // Whether every one of rows [first, first + m) at time t lies where next_row() says.
-  bool at_one_stride(int64_t t, int64_t first, int64_t m) const {
-    if (layer_.order || rows_.resets() || (kConverts && layer_.conversion)) return false;
-    const int64_t before = rows_.time_before(t);
-    return !rows_.exists(before) || first + m <= rows_.active(before);
-  }
-
-  // The row after `at`: row_at() of each asks a dozen questions that have one answer for all.
-  void next_row(Row& at) const {
+  // From the row that row_at() gives to the next: asked once for all rows of a step.
+  RowSteps row_steps(int64_t t) const {
     const int64_t rows = rows_.stride(), H = layer_.H;
-    ++at.row;
-    if (Cell::kSaved > 0) at.gates += rows * c_row_ * Cell::kSaved;
-    if constexpr (Cell::kStates == 2) {
-      at.cells += rows * H;
-      if (at.d_cells) at.d_cells += rows * H;
-      at.before += rows * H;
-      at.d_c += c_row_;
-    } else {
-      at.y += rows * y_row_;
-      at.before += rows * (rows_.exists(rows_.time_before(at.t)) ? y_row_ : r_);
-    }
-    if (at.d_state) at.d_state += state_row_;
-    if (at.d_y) at.d_y += rows * y_row_;
-    at.d_gates += rows * d_row_;
-    if (at.cell_h) at.cell_h += rows * H;
+    const int64_t before = Cell::kStates == 2 ? H : rows_.exists(rows_.time_before(t)) ? y_row_ : r_;
+    return {rows * c_row_ * Cell::kSaved, rows * H, rows * before, rows * y_row_, state_row_, c_row_, rows * d_row_};
   }
 
   // The derivative of the cell for m rows and `blocks` unit blocks, kTogether blocks of a row at a time; what came
@@ -326,16 +298,12 @@ class BackwardSteps {
   __attribute__((noinline)) void differentiate_rows(int64_t t, int64_t first, int m, int64_t block, int blocks) {
     const Scalar* sums = buffer_;
     alignas(64) Scalar room[3][4 * L];
-    const bool strides = at_one_stride(t, first, m);
+    const bool strides = rows_.at_one_stride(t, first, m) && !(kConverts && layer_.conversion);
+    const RowSteps steps = row_steps(t);
     Row at = row_at(t, first, block * L, blocks * L, room);
     for (int j = 0; j < m; ++j) {
-      if (j > 0) {
-        if (strides) {
-          next_row(at);
-        } else {
-          at = row_at(t, first + j, block * L, blocks * L, room);
-        }
-      }
+      if (j > 0 && strides) at.next(steps);
+      if (j > 0 && !strides) at = row_at(t, first + j, block * L, blocks * L, room);
       int k = 0;
       for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
         differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);

@@ -351,7 +351,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       const int64_t next_panel = down ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
       if (!kUnpacked && next_pass(kPass, r_) < r_ && tiles.tiles > 1) {
-        const int64_t together = n <= kBufferRows ? tiles.tiles : tiles_together(tiles.tiles, Tiles<V>::rows(nv));
+        const int64_t together = tiles.together(kBufferRows, Tiles<V>::rows(nv));
         for (int64_t q = 0, stop; q < tiles.tiles; q = stop) {
           stop = q + together < tiles.tiles ? q + together : tiles.tiles;
           multiply_in_passes(args, tiles, q, stop, h, x_gates, nv, following);
@@ -400,12 +400,6 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       args.w = after;
       args.init_row = args.out_row;
     }
-  }
-
-  // Tiles, of `rows` rows at most, whose sums fit the buffer, where not all do: nearly as many each time.
-  static int64_t tiles_together(int64_t tiles, int rows) {
-    const int64_t most = kBufferRows / rows, times = (tiles + most - 1) / most;
-    return (tiles + times - 1) / times;
   }
 
   // h = W_hr * (o * tanh(c))

@@ -6,6 +6,7 @@
 #include "elements.h"
 #include "group.h"
 #include "kernels.h"
+#include "lines.h"
 #include "matmul.h"
 #include "parameters.h"
 #include "rows.h"
@@ -218,19 +219,7 @@ class ForwardSteps {
     return in(task_.x_gates) + (at + (whole_ ? rows_.batch(row) : row)) * x_gates_row_ + (unit - first_unit_) * G;
   }
 
-  // Where the cell of one step reads and writes: what is the same for all rows and units. A copy on the stack of
-  // activate_rows, whose readers are inlined: after every store a compiler reads members of *this again.
-  struct Places {
-    const Scalar *r, *x,
-        *h_before;  // r: of the first row and unit; x: of the first row of the step, as x_gates() (not with kSummed)
-    Scalar *h_after, *c, *cells, *gates;
-    Element *y, *operand;  // y: null where it is made of h after the step
-    int which;
-    int64_t t, first, unit, r_row;                  // of r: the first row and unit, and the size of a row
-    int64_t H, h_row, c_row, x_row, x_unit, y_row;  // x_unit: the first of x
-    int64_t index, index_stride;                    // row of y, gates and cells of the row `first`
-    bool ordered, whole, projected;
-  };
+  using Places = ForwardPlaces<Scalar, Element>;
 
   // Pieces (a vector of units of one row) are taken kTogether at a time: rows of one block, or blocks of a single row.
   // Noisy: with zoneout or a mask on h, which nobody else shall pay for.
@@ -256,11 +245,11 @@ class ForwardSteps {
       const int64_t unit = (block + k) * L;
       if constexpr (!kNoisy && kHasLines) {
         const bool saves = places.gates || places.cells;
-        if (is_line(places, unit, saves)) {
+        if (is_line<Cell, V>(places, unit, saves)) {
           if (saves) {
-            activate_line<true>(places, unit, m);
+            activate_line<Cell, V, true>(places, unit, m);
           } else {
-            activate_line<false>(places, unit, m);
+            activate_line<Cell, V, false>(places, unit, m);
           }
           continue;
         }
@@ -269,61 +258,7 @@ class ForwardSteps {
     }
   }
 
-  // Most calls have the rows of a step at one stride, all units of a vector, and everything or nothing to save. Their
-  // cell is a loop of its own, which asks nothing; one row at a time, since more in turn are no faster.
   static constexpr bool kHasLines = !Elements::kRounds && Cell::kParameters == 0;
-
-  bool is_line(const Places& places, int64_t unit, bool saves) const {
-    if (places.ordered || places.projected || !places.y || places.H - unit < L) return false;
-    if (!saves) return true;
-    if (L < 16 && places.H - unit <= L && places.H < places.c_row) return false;  // leaves the rest of a block of gates
-    return (Cell::kSaved == 0 || places.gates) && (Cell::kStates == 1 || places.cells);
-  }
-
-  template <bool kSaves>
-  inline __attribute__((always_inline)) void activate_line(const Places& places, int64_t unit, int m) const {
-    constexpr bool kStates2 = Cell::kStates == 2, kSavesGates = kSaves && Cell::kSaved > 0;
-    const Scalar* r = places.r + (unit - places.unit) * G;
-    const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
-    const Scalar* h_before = places.h_before + places.first * places.h_row + unit;
-    Scalar* h_after = places.h_after + places.first * places.h_row + unit;
-    Element* y = places.y + places.index * places.y_row + unit;
-    Scalar *c = nullptr, *cells = nullptr, *gates = nullptr;
-    if constexpr (kStates2) c = places.c + places.first * places.c_row + unit;
-    if constexpr (kStates2 && kSaves) cells = places.cells + places.index * places.H + unit;
-    if constexpr (kSavesGates) gates = places.gates + saved_offset<Cell>(places.index, places.c_row, unit);
-    const int64_t y_step = places.index_stride * places.y_row, cells_step = places.index_stride * places.H;
-    const int64_t gates_step = places.index_stride * places.c_row * Cell::kSaved;
-    for (int left = m;;) {
-      V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved + 1];
-      unroll<G>([&](auto g) __attribute__((always_inline)) {
-        xs[g.value] = V::load(x + g.value * L);
-        rs[g.value] = V::load(r + g.value * L);
-      });
-      if constexpr (kStates2) {
-        prev[0] = V::zero();
-        prev[1] = V::load(c);
-      } else {
-        prev[0] = V::load(h_before);
-      }
-      forward_cell<Cell, V>(xs, rs, prev, next, saved, nullptr);
-      next[0].store(h_after);
-      next[0].store(y);
-      if constexpr (kStates2) {
-        next[1].store(c);
-        if constexpr (kSaves) next[1].store(cells);
-      }
-      if constexpr (kSavesGates) {
-        unroll<Cell::kSaved>([&](auto k)
-                                 __attribute__((always_inline)) { saved[k.value].store(gates + k.value * 16); });
-      }
-      if (--left == 0) return;
-      r += places.r_row, x += places.x_row, h_before += places.h_row, h_after += places.h_row, y += y_step;
-      if constexpr (kStates2) c += places.c_row;
-      if constexpr (kStates2 && kSaves) cells += cells_step;
-      if constexpr (kSavesGates) gates += gates_step;
-    }
-  }
 
   // n pieces, of which the next is row_step rows and unit_step units on.
   template <int K, bool kNoisy>

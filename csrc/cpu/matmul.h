@@ -206,6 +206,12 @@ struct RowTiles {
     higher_ = n - least_ * tiles;
   }
   int64_t first(int64_t tile) const { return tile * least_ + (tile < higher_ ? tile : higher_); }
+  // Tiles, of `most` rows at most, whose sums fit `buffer` rows; where not all do, nearly as many each time.
+  int64_t together(int64_t buffer, int most) const {
+    if (n <= buffer) return tiles;
+    const int64_t fit = buffer / most, times = (tiles + fit - 1) / fit;
+    return (tiles + times - 1) / times;
+  }
 
  private:
   int64_t least_, higher_;  // rows of the low tiles, and how many tiles have one more

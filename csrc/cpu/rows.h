@@ -48,6 +48,12 @@ class Rows {
   // Its row at time t in scratch, where rows that do not exist take no place: stride() apart for successive rows.
   int64_t packed(int64_t t, int64_t row) const { return (first_row_ ? first_row_[t] : t * layer_.B) + sorted(row); }
 
+  // Whether rows [first, first + m) lie stride() rows apart at time t in y and its like, and so do the states before.
+  bool at_one_stride(int64_t t, int64_t first, int64_t m) const {
+    const int64_t before = time_before(t);
+    return !layer_.order && !layer_.reset && (!exists(before) || first + m <= active(before));
+  }
+
   // Its row at time t of an array like x.
   template <class Scalar>
   const Scalar* at(const Strided& array, int64_t t, int64_t row) const {
