@@ -97,7 +97,7 @@ struct BackwardRow {
   Scalar *d_state, *d_c;  // d_state: not with a projection, whose d_h comes whole through W_hr
   Element *d_gates, *cell_h;
 
-  void next(const RowSteps& steps) {
+  FASTRNN_INLINE void next(const RowSteps& steps) {
     ++row;
     if (gates) gates += steps.gates;
     if (cells) cells += steps.cells;
