@@ -96,6 +96,17 @@ def test_plan_of_four_threads_with_two_directions(compiled):
     assert explained.endswith("; 4 threads that share the units of each direction")
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_two_directions_of_a_short_sequence_run_at_once(name, steps, compiled):
+    """Each thread packs what it alone reads: two directions are no dearer to pack on two threads than on one."""
+    module = getattr(fastrnn, name)(256, 256, bidirectional=True)
+    with torch.no_grad():
+        explained = fastrnn.explain(module, torch.zeros(steps, 2, 256))
+    assert explained.endswith("; 2 threads, one for each direction")
+
+
 @pytest.mark.usefixtures("one_thread", "compiled")
 def test_plan_of_packed_sequences():
     packed = pack_sequence([torch.zeros(3, 3), torch.zeros(1, 3)])

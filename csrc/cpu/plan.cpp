@@ -30,23 +30,30 @@ double near_bytes() {
   return bytes;
 }
 
+// The math of a cell for a vector of units, which no other row shares.
+double cell_time(Cell cell) { return cell == Cell::lstm ? 25 : cell == Cell::gru || cell == Cell::own ? 10 : 6; }
+
 // Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
 struct Cost {
   const LayerForward& layer;
   const Kernels& kernels;
+  const bool backward;
   double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
   double gates() const { return static_cast<double>(gates_per_unit(layer)); }
-  // One step of `rows` rows on 1/parts of the units: the larger of arithmetic and of streaming the weights, and a part
-  // of the latter that does not overlap. Fewer than three rows wait for the weights, wherever these lie.
+  // One step of `rows` rows on 1/parts of the units; backward with its share of what follows the steps.
   double step(double rows, double parts) const {
     const double units = static_cast<double>(layer.H) / parts;
-    if (layer.is_bfloat16) return rounded_step(rows, units);
+    return (backward ? 1.5 : 1) * (layer.is_bfloat16 ? rounded_step(rows, units) : forward_step(rows, units));
+  }
+  // The larger of arithmetic and of streaming the weights, and a part of the latter that does not overlap. Fewer than
+  // three rows wait for the weights, wherever these lie.
+  double forward_step(double rows, double units) const {
     const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
     const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
     const bool far = weights > near_bytes();
     const double streamed = weights / (far ? 60.0 : 110.0);
-    const double computed =
-        gates() * units * (recurrent + input) / (6.5 * kernels.lanes) + rows * units * 3.0 / kernels.lanes;
+    const double computed = gates() * units * (recurrent + input) / (6.5 * kernels.lanes) +
+                            rows * units * cell_time(layer.cell) / kernels.lanes;
     return (computed > streamed ? computed : streamed) + streamed * (far ? 0.35 : 0.1);
   }
   // With products in bfloat16: a block of rows takes as long as one row.
@@ -57,19 +64,29 @@ struct Cost {
     return weights * blocks * static_cast<double>(kernels.block_rows) / 800 + weights * 2 / 60 * 0.5 +
            rows * units * (gates() * 0.4 + 1) / kernels.lanes;
   }
+  // Packing the weights, shared by `used` threads, `members` to a direction. Forward, threads that share units, and a
+  // thread alone, pack where they use and stay in the cache, and a single step of few rows reads the weights in place;
+  // threads that share rows write the packed weights for each other.
+  double packing(int used, int members, bool split_rows) const {
+    if (layer.direction[0].packed && !backward) return 0;
+    double each = 0.3;
+    if (!backward && split_rows && members > 1) {
+      each = 0.8;
+    } else if (!backward && layer.T == 1 && layer.B < 5) {
+      each = 0.05 * static_cast<double>(layer.B + 1);
+    }
+    return gates() * static_cast<double>(layer.H * layer.D) * (width() + static_cast<double>(layer.I)) * each / used;
+  }
+  // What a call on more than one thread costs besides: its region, and backward one more for what follows the steps,
+  // which reads the gate gradients out of other cores' caches.
+  double region() const {
+    if (!backward) return 2500;
+    return 5000 + static_cast<double>(layer.N * layer.H * layer.D) * gates() * (layer.is_double ? 0.8 : 0.4);
+  }
 };
 
-// Packing the weights, shared by the members. Threads that share units, and a thread alone, pack where they use and
-// stay in the cache; threads that share rows write the packed weights for each other.
-double packing(const LayerForward& layer, int members, bool split_rows) {
-  if (layer.direction[0].packed) return 0;
-  const double weights = static_cast<double>(gates_per_unit(layer) * layer.H) *
-                         static_cast<double>((layer.P ? layer.P : layer.H) + layer.I) * static_cast<double>(layer.D);
-  return weights * (split_rows && members > 1 ? 0.8 : 0.3) / members;
-}
-
-constexpr double kBarrier = 400, kRegion = 2000;  // ns
-constexpr double kUneven = 1.05;                  // members that meet at every step wait for the slowest of them
+constexpr double kBarrier = 400;  // ns
+constexpr double kUneven = 1.05;  // members that meet at every step wait for the slowest of them
 
 std::atomic<Split> forced{Split::chosen};
 std::atomic<bool> parts_forced{false};
@@ -103,27 +120,29 @@ const Kernels& kernels_for(const LayerForward& layer) {
 
 Plan serial_plan(const Kernels& kernels) { return Plan{&kernels, 1, 1, false, false, 0}; }
 
-Plan choose(const LayerForward& layer, const Kernels& kernels, int threads) {
+Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward) {
   const Plan serial = serial_plan(kernels);
   if (threads > kMostThreads) threads = kMostThreads;
   if (threads < 2 || forked || omp_in_parallel()) return serial;
   const bool together = layer.D == 2;
   const Split wish = forced;
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
-  const Cost cost{layer, kernels};
+  const Cost cost{layer, kernels, backward};
   const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
-  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + packing(layer, 1, false);
+  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + cost.packing(1, 1, false);
   Plan chosen = serial;
   for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
     const int used = members * (together ? 2 : 1);
     // The longest share of rows counts; fewer rows than members leave some idle.
     const int64_t rows = (layer.B + members - 1) / members;
-    const double by_rows = T * cost.step(static_cast<double>(rows), 1) + packing(layer, used, true) + kRegion;
+    const double by_rows =
+        T * cost.step(static_cast<double>(rows), 1) + cost.packing(used, members, true) + cost.region();
     if (by_rows < best && members <= layer.B)
       best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
     const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
     const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
-    const double by_units = T * (cost.step(B, 1 / share) * kUneven + kBarrier) + packing(layer, used, false) + kRegion;
+    const double by_units =
+        T * (cost.step(B, 1 / share) * kUneven + kBarrier) + cost.packing(used, members, false) + cost.region();
     if (by_units < best && members > 1 && members <= blocks && !layer.P) {
       best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
     }

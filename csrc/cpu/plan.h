@@ -14,7 +14,7 @@ static inline int64_t width_of_h(const LayerForward& layer) { return layer.P ? l
 const Kernels& kernels_for(const LayerForward& layer);
 
 // How at most `threads` threads share a layer, by estimates of what each way takes; its products are multiply-adds.
-Plan choose(const LayerForward& layer, const Kernels& kernels, int threads);
+Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward);
 
 // One thread; with the products of another plan.
 Plan serial_plan(const Kernels& kernels);

@@ -318,7 +318,7 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
 // The scratch covers the plan and that of one thread, which takes its place if the runtime grants fewer.
 Plan plan_forward(const LayerForward& layer, int threads) {
   const Kernels& kernels = kernels_for(layer);
-  Plan plan = choose(layer, kernels, threads);
+  Plan plan = choose(layer, kernels, threads, false);
   plan.input_parts = input_parts(layer, kernels);
   Scratch planned(nullptr, element(layer)), serial(nullptr, element(layer));
   lay_out(layer, plan, planned, nullptr);
@@ -329,7 +329,7 @@ Plan plan_forward(const LayerForward& layer, int threads) {
 
 Plan plan_backward(const LayerBackward& layer, int threads) {
   const Kernels& kernels = kernels_for(layer.forward);
-  Plan plan = choose(layer.forward, kernels, threads);
+  Plan plan = choose(layer.forward, kernels, threads, true);
   plan.input_parts = layer.d_x ? input_gradient_parts(layer.forward, kernels) : nullptr;
   plan.weight_parts = weight_parts(layer.forward, kernels);
   Scratch planned(nullptr, element(layer.forward)), serial(nullptr, element(layer.forward));
