@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from twins import CELLS, random_state, tensors_of, training_step, twins
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
 
 def pair(cell: str, h: object, c: object = None) -> object:
     """hx in the form that the cell takes."""

@@ -17,7 +17,6 @@ import fastrnn
 
 pytestmark = [
     pytest.mark.usefixtures("bfloat16_isa"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
 ]
 
 BF16 = torch.bfloat16

@@ -29,8 +29,6 @@ from twins import (
 
 import fastrnn
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_class_is_torchs(name):

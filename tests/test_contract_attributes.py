@@ -13,8 +13,6 @@ from twins import LAYERS, NAMES, STEPS, an_input, both, tensors_of
 
 import fastrnn
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
 Change = Callable[[nn.Module], None]
 
 

@@ -16,8 +16,6 @@ from twins import LAYERS, NAMES, STEPS, an_input, both, first, tensors_of
 
 import fastrnn
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
 
 @pytest.fixture
 def swapping() -> Iterator[None]:

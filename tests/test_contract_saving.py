@@ -15,8 +15,6 @@ from twins import LAYERS, NAMES, STEPS, an_input, both, first, tensors_of
 
 import fastrnn
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
 
 def saved_and_loaded(thing: object, weights_only: bool) -> object:
     buffer = io.BytesIO()

@@ -19,53 +19,96 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using typename Steps::Scalar;
   static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
   static_assert(kPass % kChain == 0);
+  // From here on the W_hh of a single step of few rows is packed and multiplied pass by pass.
+  static constexpr int64_t kLargeBytes = 1024 * 1024;
 
  public:
   explicit BackwardSweep(const BackwardTask& task)
       : Steps(task, Cell::kStored * task.layer->forward.H),
-        far_(G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) > kFarBytes) {}
+        far_(G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) > kFarBytes),
+        by_rows_(layer_.T == 1 && (task.team.members == 1 || task.team.split_units) && rows_.count() <= kBufferRows &&
+                 G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) >= kLargeBytes &&
+                 G * layer_.H >= kPass * 2 + kBufferRows) {}
 
  private:
   void pack() {
-    const int64_t H = layer_.H;
-    if (recurs()) {
-      const Given<Scalar> w_hh = given(forward_.w_hh);
-      pack_columns<V>(
-          [&](int64_t k) {
-            const int64_t gate = k / H;
-            return w_hh.at((Cell::recurrent_gate(static_cast<int>(gate)) * H + (k - gate * H)) * r_);
-          },
-          layer_.conversion, G * H, states_, pack_first_, pack_last_,
-          out(task_.w_hh) + states_.first(pack_first_) * L * G * H);
+    if (recurs() && !by_rows_) {
+      pack_rows(0, G * layer_.H, pack_first_, pack_last_,
+                out(task_.w_hh) + states_.first(pack_first_) * L * G * layer_.H);
     }
     if (layer_.P) {
       const int64_t member = task_.team.member, members = task_.team.members;
       const int64_t first = units_.count * member / members, last = units_.count * (member + 1) / members;
       const Given<Scalar> w_hr = given(forward_.w_hr);
-      pack_columns<V>([&](int64_t k) { return w_hr.at(k * H); }, layer_.conversion, layer_.P, units_, first, last,
-                      out(task_.w_hr) + units_.first(first) * L * layer_.P);
+      pack_columns<V>([&](int64_t k) { return w_hr.at(k * layer_.H); }, layer_.conversion, layer_.P, units_, first,
+                      last, out(task_.w_hr) + units_.first(first) * L * layer_.P);
+    }
+  }
+
+  // Rows [k0, k1) of W_hh, those of the gate gradients, for panels [first, last).
+  void pack_rows(int64_t k0, int64_t k1, int64_t first, int64_t last, Scalar* packed) const {
+    const Given<Scalar> w_hh = given(forward_.w_hh);
+    const auto row = [&](int64_t k) {
+      const int64_t gate = (k0 + k) / layer_.H;
+      return w_hh.at((Cell::recurrent_gate(static_cast<int>(gate)) * layer_.H + (k0 + k - gate * layer_.H)) * r_);
+    };
+    pack_columns<V>(row, layer_.conversion, k1 - k0, states_, first, last, packed, by_rows_);
+  }
+
+  // The only step back: d_r * W_hh of rows [0, n) for the panels of this thread. W_hh is read from one end to the
+  // other, and as many rows as make a pass are packed at a time, each pass in the place of the one before: no packed
+  // weights are written to memory and read again. The sums lie behind them, where a sweep of more steps has packed
+  // weights.
+  void recur_by_rows(int64_t n) {
+    const int64_t k_size = G * layer_.H, columns = (states_.first(last_panel_) - states_.first(first_panel_)) * L;
+    Scalar* const packed = out(task_.w_hh) + states_.first(first_panel_) * L * k_size;
+    sums_ = packed + 2 * kPass * columns;
+    for (int64_t k0 = 0, k1; k0 < k_size; k0 = k1) {
+      k1 = k0 + next_pass(kPass, k_size - k0);
+      pack_rows(k0, k1, first_panel_, last_panel_, packed);
+      for (int64_t p = first_panel_; p < last_panel_; ++p) {
+        const int64_t column = (states_.first(p) - states_.first(first_panel_)) * L, width = states_.width(p) * L;
+        const RowTiles tiles(n, Tiles<V>::rows(static_cast<int>(states_.width(p))));
+        for (int64_t q = 0; q < tiles.tiles; ++q) {
+          const int64_t row = tiles.first(q);
+          TileArgs<Scalar> args = recur_args(row, p, k0, k1, sums_ + column * n + row * width);
+          args.w = packed + column * (k1 - k0);
+          Tiles<V>::get(static_cast<int>(tiles.first(q + 1) - row), static_cast<int>(states_.width(p)), 1)(args);
+        }
+      }
     }
   }
 
   // sums (+)= terms [k0, k1) of d_r[t_before] * W_hh for m rows and one panel. `args` come with what the tile fetches.
   void recur(int64_t row, int m, int64_t panel, int64_t k0, int64_t k1, Scalar* sums, TileArgs<Scalar> args = {}) {
-    const int nv = static_cast<int>(states_.width(panel));
+    args = recur_args(row, panel, k0, k1, sums, args);
+    args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H + k0 * states_.width(panel) * L;
+    Tiles<V>::get(m, static_cast<int>(states_.width(panel)), 1)(args);
+  }
+
+  TileArgs<Scalar> recur_args(int64_t row, int64_t panel, int64_t k0, int64_t k1, Scalar* sums,
+                              TileArgs<Scalar> args = {}) const {
     args.k = k1 - k0;
     args.chain = kChain;
     args.a = in(task_.d_gates);
     if (k1 > k0) args.a += rows_.packed(t_before_, row) * d_row_ + Cell::kRecurrent * layer_.H + k0;
     args.a_row = d_row_ * rows_.stride();
     args.a_step = 1;
-    args.w = in(task_.w_hh) + states_.first(panel) * L * G * layer_.H + k0 * nv * L;
     args.init = k0 ? sums : nullptr;
     args.out = sums;
-    args.init_row = args.out_row = nv * L;
+    args.init_row = args.out_row = states_.width(panel) * L;
     args.far = far_;
-    Tiles<V>::get(m, nv, 1)(args);
+    return args;
   }
 
   void recur_rows(int64_t from, int64_t to, int64_t p) {
     const int nv = static_cast<int>(states_.width(p));
+    if (by_rows_) {
+      if (p == first_panel_) recur_by_rows(to - from);
+      const Scalar* const sums = sums_ + (states_.first(p) - states_.first(first_panel_)) * L * (to - from);
+      for (int64_t j = 0; j < (to - from) * nv * L; j += L) V::load(sums + j).store(buffer_ + j);
+      return;
+    }
     const RowTiles tiles(to - from, Tiles<V>::rows(nv));
     for (int64_t q = 0; q < tiles.tiles; ++q) {
       const int64_t first = tiles.first(q);
@@ -153,7 +196,9 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     Tiles<V>::get(m, nv, 1)(args);
   }
 
-  const bool far_;  // W_hh is larger than kFarBytes
+  const bool far_;      // W_hh is larger than kFarBytes
+  const bool by_rows_;  // recur_by_rows
+  Scalar* sums_ = nullptr;
 };
 
 template <class Cell, class V>

@@ -122,12 +122,15 @@ class ForwardSteps {
     return elements(task_.x_rows);
   }
 
-  // Both state buffers start as h0, so that a row which enters late (reverse, ragged) finds its state in either.
+  // A row that enters late (reverse, ragged) finds its state in either buffer; so do operands in bfloat16, whose end is
+  // zero in both.
   void load_states() {
+    const int64_t active = rows_.active(rows_.time(0));
     for (int64_t row = 0; row < rows_.count(); ++row) {
       const int64_t b = rows_.batch(row);
       const Scalar* c0 = Cell::kStates == 2 ? in(direction_.c0) + b * layer_.H : nullptr;
-      for (int which = 0; which < 2; ++which) load_state(row, which, given(direction_.h0).at(b * r_), c0);
+      const int buffers = Elements::kRounds || row >= active ? 2 : 1;
+      for (int which = 0; which < buffers; ++which) load_state(row, which, given(direction_.h0).at(b * r_), c0);
     }
   }
 

@@ -74,6 +74,8 @@ struct Cost {
       each = 0.8;
     } else if (!backward && layer.T == 1 && layer.B < 5) {
       each = 0.05 * static_cast<double>(layer.B + 1);
+    } else if (backward && layer.T == 1 && !(split_rows && members > 1)) {
+      each = 0.2;  // backward.h: recur_by_rows
     }
     return gates() * static_cast<double>(layer.H * layer.D) * (width() + static_cast<double>(layer.I)) * each / used;
   }
