@@ -33,7 +33,9 @@ double near_bytes() {
 // The math of a cell for a vector of units, which no other row shares.
 double cell_time(Cell cell) { return cell == Cell::lstm ? 25 : cell == Cell::gru || cell == Cell::own ? 10 : 6; }
 
-// Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter.
+// Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter. What sets a
+// backward, and a single step, apart was measured with products in float: with those in bfloat16 both are taken for a
+// forward of many steps.
 struct Cost {
   const LayerForward& layer;
   const Kernels& kernels;
@@ -72,20 +74,28 @@ struct Cost {
     double each = 0.3;
     if (!backward && split_rows && members > 1) {
       each = 0.8;
-    } else if (!backward && layer.T == 1 && layer.B < 5) {
+    } else if (!backward && layer.T == 1 && layer.B < 5 && !layer.is_bfloat16) {
       each = 0.05 * static_cast<double>(layer.B + 1);
     } else if (backward && layer.T == 1 && !(split_rows && members > 1)) {
       each = 0.2;  // backward.h: recur_by_rows
     }
     return gates() * static_cast<double>(layer.H * layer.D) * (width() + static_cast<double>(layer.I)) * each / used;
   }
-  // What a call on more than one thread costs besides: its region, and backward one more for what follows the steps,
-  // which reads the gate gradients out of other cores' caches.
+  // What a call on more than one thread costs besides: its region, and backward a barrier, behind which the gate
+  // gradients are read out of other cores' caches.
   double region() const {
     if (!backward) return 2500;
     return 5000 + static_cast<double>(layer.N * layer.H * layer.D) * gates() * (layer.is_double ? 0.8 : 0.4);
   }
 };
+
+// What threads that share units deal out: the panels of the sweep, or blocks of units with products in bfloat16.
+int64_t unit_shares(const LayerForward& layer, const Kernels& kernels, bool backward) {
+  const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes, gates = gates_per_unit(layer);
+  if (layer.is_bfloat16) return blocks;
+  const int64_t panel = backward ? 4 : gates <= 2 ? 4 / gates : 1;  // kForwardPanel
+  return (blocks + panel - 1) / panel;
+}
 
 constexpr double kBarrier = 400;  // ns
 constexpr double kUneven = 1.05;  // members that meet at every step wait for the slowest of them
@@ -129,7 +139,8 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool
   const bool together = layer.D == 2;
   const Split wish = forced;
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
-  const Cost cost{layer, kernels, backward};
+  const Cost cost{layer, kernels, backward && !layer.is_bfloat16};
+  const int64_t shares = unit_shares(layer, kernels, backward);
   const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
   double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + cost.packing(1, 1, false);
   Plan chosen = serial;
@@ -141,11 +152,10 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool
         T * cost.step(static_cast<double>(rows), 1) + cost.packing(used, members, true) + cost.region();
     if (by_rows < best && members <= layer.B)
       best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
-    const int64_t blocks = (layer.H + kernels.lanes - 1) / kernels.lanes;
-    const double share = static_cast<double>((blocks + members - 1) / members) / static_cast<double>(blocks);
+    const double share = static_cast<double>((shares + members - 1) / members) / static_cast<double>(shares);
     const double by_units =
         T * (cost.step(B, 1 / share) * kUneven + kBarrier) + cost.packing(used, members, false) + cost.region();
-    if (by_units < best && members > 1 && members <= blocks && !layer.P) {
+    if (by_units < best && members > 1 && members <= shares && !layer.P) {
       best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
     }
   }
