@@ -19,8 +19,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using typename Steps::Scalar;
   static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
   static_assert(kPass % kChain == 0);
-  // From here on the W_hh of a single step of few rows is packed and multiplied pass by pass.
-  static constexpr int64_t kLargeBytes = 1024 * 1024;
 
  public:
   explicit BackwardSweep(const BackwardTask& task)

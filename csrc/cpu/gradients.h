@@ -29,7 +29,6 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   // late. One step backward, Ice Lake: LSTM, H = 1024, B = 3, 32, 64, 128 1.42, 1.22, 1.09, 1.03 times as fast; H =
   // 512, B = 8, 64 1.15, 1.05.
   static constexpr int64_t kKeptBytes = 512 * 1024;
-  static constexpr int64_t kLargeBytes = 1024 * 1024;  // of W_ih
   static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);
 
  public:

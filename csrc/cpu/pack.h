@@ -186,6 +186,9 @@ void pack_direction(const LayerForward& layer, int d, const PackedWeights& packe
   }
 }
 
+// A matrix from here on is read from one end to the other, not panel after panel.
+constexpr int64_t kLargeBytes = 1024 * 1024;
+
 // Rows row(0), ..., row(k_size - 1) of panels.n columns, void pointers, of elements of 16 bits if `conversion` is given
 // -> for each panel of [p0, p1), one behind the other, [k][block][lanes], zero past the last column. No transpose: a
 // panel is a strip of columns. Rows of a large matrix, which comes from the third-level cache or from memory, are asked
@@ -197,8 +200,8 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, const Co
                                                         const Panels& panels, int64_t p0, int64_t p1,
                                                         typename V::Scalar* packed, bool part_of_large = false) {
   constexpr int L = V::kLanes;
-  constexpr int64_t kSize = sizeof(typename V::Scalar), kRowsAhead = 12, kLarge = 1024 * 1024, kRowsAtOnce = 64;
-  const bool large = part_of_large || k_size * panels.n * kSize >= kLarge;
+  constexpr int64_t kSize = sizeof(typename V::Scalar), kRowsAhead = 12, kRowsAtOnce = 64;
+  const bool large = part_of_large || k_size * panels.n * kSize >= kLargeBytes;
   const int64_t together = large ? kRowsAtOnce : k_size;
   for (int64_t k0 = 0; k0 < k_size; k0 += together) {
     const int64_t k1 = k_size - k0 < together ? k_size : k0 + together;
