@@ -16,21 +16,27 @@ struct Lstm {
 
   // What a projection (torch.nn.LSTM's proj_size) multiplies, from what forward saved: o * tanh(c').
   static constexpr bool kProjects = true;
+  static constexpr int kOutput = 3;  // of saved, o: all that it reads beside next[1]
   template <class V>
   FASTRNN_INLINE static V unprojected(const V* saved, const V* next) {
-    return saved[3] * V::tanh(next[1]);
+    return saved[kOutput] * V::tanh(next[1]);
   }
 
+  // forward but for h', which is unprojected() of what this makes.
   template <class V>
-  FASTRNN_INLINE static void forward(const V* x, const V* r, const V* prev, V* next, V* saved) {
+  FASTRNN_INLINE static void update(const V* x, const V* r, const V* prev, V* next, V* saved) {
     const V i = V::sigmoid(x[0] + r[0]);
     const V f = V::sigmoid(x[1] + r[1]);
     const V g = V::tanh(x[2] + r[2]);
     const V o = V::sigmoid(x[3] + r[3]);
-    const V c = V::fma(f, prev[1], i * g);
-    next[0] = o * V::tanh(c);
-    next[1] = c;
+    next[1] = V::fma(f, prev[1], i * g);
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
+  }
+
+  template <class V>
+  FASTRNN_INLINE static void forward(const V* x, const V* r, const V* prev, V* next, V* saved) {
+    update(x, r, prev, next, saved);
+    next[0] = unprojected(saved, next);
   }
 
   template <class V>

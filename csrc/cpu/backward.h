@@ -17,8 +17,8 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
   using Steps::t_before_, Steps::task_, Steps::units_;
   using typename Steps::Scalar;
-  static constexpr int64_t kPass = pass_terms<V>(kChain), kVectorBytes = L * sizeof(Scalar);
-  static_assert(kPass % kChain == 0);
+  static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
+  static constexpr int64_t kPass = pass_terms<V>(kChain);  // of recur_by_rows
 
  public:
   explicit BackwardSweep(const BackwardTask& task)
@@ -144,7 +144,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
         int64_t k0 = 0;
         do {
-          const int64_t k1 = k0 + next_pass(kPass, k_size - k0);
+          const int64_t k1 = k0 + next_pass(pass_, k_size - k0);
           const Ahead ahead(q - q0, k1 - k0, nv * kVectorBytes);
           const Scalar* const after =
               layer_.P ? nullptr : read_after(p, j + 1 < last - first_of_all ? next : -1, q < tiles.tiles, k1, k_size);
@@ -174,7 +174,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   const Scalar* read_after(int64_t panel, int64_t next, bool again, int64_t k1, int64_t k_size) const {
     const Scalar* const begin = in(task_.w_hh) + states_.first(panel) * L * k_size;
     if (k1 < k_size) return begin + k1 * states_.width(panel) * L;
-    if (again) return next_pass(kPass, k_size) < k_size ? begin : nullptr;
+    if (again) return next_pass(pass_, k_size) < k_size ? begin : nullptr;
     return next < 0 ? nullptr : in(task_.w_hh) + states_.first(next) * L * k_size;
   }
 
@@ -194,6 +194,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     Tiles<V>::get(m, nv, 1)(args);
   }
 
+  const int64_t pass_ = pass_terms<V>(kChain, core.backward_pass);
   const bool far_;      // W_hh is larger than kFarBytes
   const bool by_rows_;  // recur_by_rows
   Scalar* sums_ = nullptr;

@@ -211,8 +211,9 @@ class BackwardSteps {
     }
   }
 
-  // The saved arrays that differentiate() reads for these rows and units.
+  // The saved arrays that differentiate() reads for these rows and units, unless it asks for them row by row.
   void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
+    if (core.asks_rows) return;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = rows_.index(t, row);
       if (Cell::kSaved > 0) fetch(in(forward_.gates) + saved_offset<Cell>(n, c_row_, unit), units * Cell::kSaved);
@@ -292,6 +293,13 @@ class BackwardSteps {
     return {rows * c_row_ * Cell::kSaved, rows * H, rows * before, rows * y_row_, state_row_, c_row_, rows * d_row_};
   }
 
+  // What the row after this one is read from, units [first, first + units).
+  FASTRNN_INLINE void fetch_next(const Row& at, const RowSteps& steps, int64_t first, int64_t units) const {
+    if (Cell::kSaved > 0) fetch(at.gates + steps.gates + saved_offset<Cell>(0, 0, first), units * Cell::kSaved);
+    fetch(at.before + steps.before + first, units);
+    if (at.d_y) fetch(at.d_y + steps.y + first, units);
+  }
+
   // The derivative of the cell for m rows and `blocks` unit blocks, kTogether blocks of a row at a time; what came
   // through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
   template <int kTogether, bool kBlends>
@@ -304,6 +312,7 @@ class BackwardSteps {
     for (int j = 0; j < m; ++j) {
       if (j > 0 && strides) at.next(steps);
       if (j > 0 && !strides) at = row_at(t, first + j, block * L, blocks * L, room);
+      if (core.asks_rows && strides && j + 1 < m) fetch_next(at, steps, block * L, blocks * L);
       int k = 0;
       for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
         differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);

@@ -21,8 +21,6 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   using typename Steps::Scalar;
   // An RNN's h is nearly its sum: the gates of LSTM and GRU forgive more.
   static constexpr int64_t kSweepChain = G == 1 ? kShortChain : kChain;
-  static constexpr int64_t kPass = pass_terms<V>(kSweepChain);
-  static_assert(kPass % kSweepChain == 0);
   static_assert(Tiles<V>::kPaired <= Tiles<V>::rows(4) && Tiles<V>::kPaired <= Tiles<V>::rows(3));  // one tile
   static constexpr int64_t kRowBytes = 256 * 1024, kVectorBytes = L * sizeof(Scalar);
   // What packing the weights costs grows with their size, and what it gains at a later step does not: T steps of so few
@@ -204,7 +202,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         const RowTiles tiles(rows, Tiles<V>::rows(nv));
         const bool fetches = p + 1 < last_panel, packed = !(lazy_ && first);
         const Scalar* const following = fetches && packed ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
-        const int64_t pass = packed && tiles.tiles > 1 ? kPass : layer_.I;
+        const int64_t pass = packed && tiles.tiles > 1 ? pass_ : layer_.I;
         int64_t k0 = 0;
         do {
           args.k = next_pass(pass, layer_.I - k0);
@@ -350,7 +348,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
       const int64_t next_panel = down ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
-      if (!kUnpacked && next_pass(kPass, r_) < r_ && tiles.tiles > 1) {
+      if (!kUnpacked && next_pass(pass_, r_) < r_ && tiles.tiles > 1) {
         const int64_t together = tiles.together(kBufferRows, Tiles<V>::rows(nv));
         for (int64_t q = 0, stop; q < tiles.tiles; q = stop) {
           stop = q + together < tiles.tiles ? q + together : tiles.tiles;
@@ -383,7 +381,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
                           const Scalar* x_gates, int nv, const Scalar* following) {
     const int64_t begin = tiles.first(q);
     for (int64_t k = 0; k < r_; k += args.k) {
-      args.k = next_pass(kPass, r_ - k);
+      args.k = next_pass(pass_, r_ - k);
       const bool last = k + args.k == r_;
       const Scalar* const after = args.w + args.k * nv * L;
       const Scalar* const next = last ? (stop < tiles.tiles ? nullptr : following) : q ? nullptr : after;
@@ -428,6 +426,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
+  const int64_t pass_ = pass_terms<V>(kSweepChain, core.forward_pass);
   const bool lazy_;  // panels are packed at their first use
   const bool kept_;  // this thread's packed W_hh stays in a second-level cache from step to step
   // W_hh, of all threads together, is larger than kFarBytes. Paired panels are then fetched ahead too, and a first step

@@ -20,7 +20,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   using Weights::G, Weights::L, Weights::in, Weights::out, Weights::task_;
   static constexpr int kTileRows = Tiles<V>::kRows4;
   static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
-  static constexpr int64_t kPass = pass_terms<V>(kShortChain);  // terms of d_x per pass over a panel
+  static constexpr int64_t kPass = pass_terms<V>(kShortChain);  // of input_by_rows
   static constexpr int64_t kStripTile = kTileRows * kSumRows + kOverread;
   static_assert((kStripColumns + kTileRows - 1) / kTileRows * kStripTile <= kStripElements);
   static constexpr int64_t kMovedPass = 8 * kPass;
@@ -29,7 +29,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   // late. One step backward, Ice Lake: LSTM, H = 1024, B = 3, 32, 64, 128 1.42, 1.22, 1.09, 1.03 times as fast; H =
   // 512, B = 8, 64 1.15, 1.05.
   static constexpr int64_t kKeptBytes = 512 * 1024;
-  static_assert(kSumRows % kShortChain == 0 && kPass % kShortChain == 0);
+  static_assert(kSumRows % kShortChain == 0);
 
  public:
   explicit Gradients(const GradientTask& task) : Weights(task, Cell::kStored * task.layer->forward.H) {}
@@ -229,7 +229,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     const int64_t k_size = G * layer_.H, step = panels.width(p) * L;
     const bool moves = task_.places || panels.first(p + 1) * L > layer_.I;
     for (int64_t k = 0, stop; k < k_size; k = stop) {
-      stop = k + next_pass(moves ? kMovedPass : kPass, k_size - k);
+      stop = k + next_pass(moves ? kMovedPass : pass_, k_size - k);
       input_block(d, panels, p, packed + k * step, row, end, k, stop, stop < k_size ? packed + stop * step : following);
     }
   }
@@ -384,6 +384,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
     parts.end();
   }
 
+  const int64_t pass_ = pass_terms<V>(kShortChain, core.backward_pass);  // terms of d_x per pass over a panel
   alignas(64) Scalar buffer_[Tiles<V>::kMostRows * 4 * L];
 };
 

@@ -20,8 +20,13 @@ struct Barrier {
 // Waits until all members of the team have arrived; yields the core after a while. A team of one returns at once.
 void wait(Barrier* barrier, int members);
 
-// Whether tiles ask for the lines of a large panel some terms before they load them (matmul.h).
-extern const bool asks_near;
+// What the cores of this machine do well (core.cpp).
+struct Core {
+  bool asks_near;  // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
+  bool asks_rows;  // loops over rows ask for the next row's lines, and not a step for all of its rows'
+  int64_t forward_pass, backward_pass;  // least terms that the tiles of a panel take together (pass_terms in matmul.h)
+};
+extern const Core core;
 
 // The threads that work on one direction, and how they share it. Splitting rows needs no barrier between steps, every
 // thread runs whole sequences; splitting units keeps each thread's slice of the weights in its own cache and costs one

@@ -11,8 +11,8 @@ namespace cpu {
 // activate_rows, whose readers are inlined: after every store a compiler reads members of *this again.
 template <class Scalar, class Element>
 struct ForwardPlaces {
-  const Scalar *r, *x,
-      *h_before;  // r: of the first row and unit; x: of the first row of the step, as x_gates() (not with kSummed)
+  Scalar* r;                   // sums of the first row and unit; no longer needed once the row's cell has read them
+  const Scalar *x, *h_before;  // x: of the first row of the step, as x_gates() (not with kSummed)
   Scalar *h_after, *c, *cells, *gates;
   Element *y, *operand;  // y: null where it is made of h after the step
   int which;
@@ -32,6 +32,43 @@ FASTRNN_INLINE bool is_line(const Places& places, int64_t unit, bool saves) {
   return (Cell::kSaved == 0 || places.gates) && (Cell::kStates == 1 || places.cells);
 }
 
+// Of a cell whose h is made of c and one gate, when nothing is saved: all c first, then all h. Both loops are short
+// enough for a core to have several rows under way. Their gate waits where the sums were. One thread of Zen 5: cycles
+// of a vector 55 -> 47, forward of LSTM, H = 64, 100, 128, 256 1.03, 1.02, 1.01, 1.01 times as fast; where gates are
+// saved, equal.
+template <class Cell, class V>
+FASTRNN_INLINE void activate_line_in_two(const ForwardPlaces<typename V::Scalar, typename V::Scalar>& places,
+                                         int64_t unit, int m) {
+  using Scalar = typename V::Scalar;
+  constexpr int L = V::kLanes, G = Cell::kGates;
+  Scalar* const sums = places.r + (unit - places.unit) * G;
+  Scalar* const states = places.c + places.first * places.c_row + unit;
+  const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
+  for (int j = 0; j < m; ++j, x += places.x_row) {
+    V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
+    Scalar *const r = sums + j * places.r_row, *const c = states + j * places.c_row;
+    unroll<G>([&](auto g) __attribute__((always_inline)) {
+      xs[g.value] = V::load(x + g.value * L);
+      rs[g.value] = V::load(r + g.value * L);
+    });
+    prev[0] = V::zero();
+    prev[1] = V::load(c);
+    Cell::update(xs, rs, prev, next, saved);
+    next[1].store(c);
+    saved[Cell::kOutput].store(r);
+  }
+  Scalar* h = places.h_after + places.first * places.h_row + unit;
+  Scalar* y = places.y + places.index * places.y_row + unit;
+  for (int j = 0; j < m; ++j, h += places.h_row, y += places.index_stride * places.y_row) {
+    V next[Cell::kStates], saved[Cell::kSaved];
+    saved[Cell::kOutput] = V::load(sums + j * places.r_row);
+    next[1] = V::load(states + j * places.c_row);
+    const V made = Cell::unprojected(saved, next);
+    made.store(h);
+    made.store(y);
+  }
+}
+
 // The math of a cell without parameters for m rows and a vector of units; one row at a time, since more in turn are no
 // faster.
 template <class Cell, class V, bool kSaves>
@@ -40,6 +77,7 @@ FASTRNN_INLINE void activate_line(const ForwardPlaces<typename V::Scalar, typena
   using Scalar = typename V::Scalar;
   constexpr int L = V::kLanes, G = Cell::kGates;
   constexpr bool kStates2 = Cell::kStates == 2, kSavesGates = kSaves && Cell::kSaved > 0;
+  if constexpr (Cell::kProjects && !kSaves) return activate_line_in_two<Cell, V>(places, unit, m);
   const Scalar* r = places.r + (unit - places.unit) * G;
   const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
   const Scalar* h_before = places.h_before + places.first * places.h_row + unit;

@@ -58,13 +58,15 @@ inline __attribute__((always_inline)) V expm1_reduced(V r, double) {
   return V::fma(r2, q, r);
 }
 
-// scale = 2^n and p with exp(x) = scale * (1 + p); |x| must keep 2^n normal: beyond that the exponent wraps.
-template <class V>
+// scale = 2^n and p with exp(x) = scale * (1 + p), of -x where kNegated: a sign costs nothing in constants and operands
+// of multiply-adds. |x| must keep 2^n normal: beyond that the exponent wraps.
+template <bool kNegated, class V>
 inline __attribute__((always_inline)) V reduced_exp(V x, V* scale) {
   using C = ExpConstants<typename V::Scalar>;
-  const V shifted = V::fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound));
+  const V shifted = V::fma(x, V::broadcast(kNegated ? -C::kLog2e : C::kLog2e), V::broadcast(C::kRound));
   const V n = shifted - V::broadcast(C::kRound);
-  const V r = V::fma(n, V::broadcast(-C::kLn2Low), V::fma(n, V::broadcast(-C::kLn2High), x));
+  const V high = V::fma(n, V::broadcast(-C::kLn2High), kNegated ? V::negated(x) : x);
+  const V r = V::fma(n, V::broadcast(-C::kLn2Low), high);
   *scale = V::exp2(shifted);
   return expm1_reduced(r, typename V::Scalar(0));
 }
@@ -74,7 +76,7 @@ template <class V>
 inline __attribute__((always_inline)) V sigmoid(V x) {
   const V limit = V::broadcast(ExpConstants<typename V::Scalar>::kSigmoidLimit);
   V scale;
-  const V p = reduced_exp(V::negated(V::max(V::negated(limit), V::min(limit, x))), &scale);
+  const V p = reduced_exp<true>(V::max(V::negated(limit), V::min(limit, x)), &scale);
   return V::divide(V::one(), scale + V::fma(p, scale, V::one()));
 }
 
@@ -84,7 +86,7 @@ inline __attribute__((always_inline)) V tanh(V x) {
   const V limit = V::broadcast(ExpConstants<typename V::Scalar>::kTanhLimit);
   const V bounded = V::max(V::negated(limit), V::min(limit, x));
   V scale;
-  const V p = reduced_exp(bounded + bounded, &scale);
+  const V p = reduced_exp<false>(bounded + bounded, &scale);
   return V::divide(V::fma(p, scale, scale - V::one()), V::fma(p, scale, scale + V::one()));
 }
 

@@ -48,9 +48,10 @@ constexpr int64_t kNearBytes = 32 * 1024;
 // need not hold whole panels beside all else. Time of whole panels over that in passes (Ice Lake): RNN of 1760 units,
 // B = 32, 1.12, of 1024 1.02 to 1.05; LSTM, B = 64, H = 512 and 1024 .99, 1.02 (AVX-512), 1.05, 1.01 (AVX2).
 template <class V>
-constexpr int64_t pass_terms(int64_t chain) {
+constexpr int64_t pass_terms(int64_t chain, int64_t least = 0) {
   constexpr int64_t kNear = kNearBytes / (4 * V::kLanes * static_cast<int64_t>(sizeof(typename V::Scalar)));
-  return (kNear < chain ? chain : kNear) / chain * chain;  // a pass ends where a chain does
+  const int64_t terms = kNear < least ? least : kNear;
+  return (terms < chain ? chain : terms) / chain * chain;  // a pass ends where a chain does
 }
 // Terms of the next of the passes over `left` terms: a rest of less than half a pass is none of its own, whose few
 // terms would have to fetch the next panel.
@@ -58,8 +59,8 @@ constexpr int64_t next_pass(int64_t pass, int64_t left) { return left < pass + p
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
-// them fetch something, since their lines come from further away then. Intel's cores with two ports for loads do not
-// ask (asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units 1.05
+// them fetch something, since their lines come from further away then. Cores with two ports for loads do not ask
+// (core.asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units 1.05
 // to 1.06 times as fast without it at B = 4 and 8, 1.01 to 1.04 at 16 and 64).
 constexpr int kNearTerms = 16;
 
@@ -78,7 +79,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   constexpr bool kFetches = kAsks || (L > 1 && M * N >= V::kRegisters / 2);
   const bool wishes = t.ahead != nullptr && (kFetches || (L > 1 && t.far));
   const bool streams = wishes || (kManyRows && t.k * NV * L * static_cast<int64_t>(sizeof(Scalar)) > kNearBytes);
-  const bool asks = kAsks && streams && asks_near;
+  const bool asks = kAsks && streams && core.asks_near;
   // A tile that asks without a wish touches the first line of `a` again and again, and needs no fourth loop.
   const char* ahead = t.ahead ? t.ahead : reinterpret_cast<const char*>(t.a);
   const int64_t ahead_step = t.ahead ? t.ahead_step : 0;

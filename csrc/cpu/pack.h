@@ -218,7 +218,7 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, const Co
           }
         }
         const typename V::Scalar* from = static_cast<const typename V::Scalar*>(row(k)) + column;
-        if (large && k + kRowsAhead < k_size) {
+        if ((large || core.asks_rows) && k + kRowsAhead < k_size) {
           const auto* const next = static_cast<const typename V::Scalar*>(row(k + kRowsAhead)) + column;
           for (int64_t j = 0; j < rest; j += 64 / kSize) __builtin_prefetch(next + j, 0, 3);
         }
