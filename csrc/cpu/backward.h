@@ -11,13 +11,19 @@ template <class Cell, class V>
 class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, SameElements<V>> {
   using Steps = BackwardSteps<BackwardSweep<Cell, V>, Cell, V, SameElements<V>>;
   friend Steps;
-  using Steps::backward_, Steps::buffer_, Steps::d_row_, Steps::first_panel_, Steps::forward_, Steps::last_panel_;
+  using Steps::backward_, Steps::buffer_, Steps::c_row_, Steps::d_row_, Steps::first_panel_, Steps::forward_,
+      Steps::last_panel_;
   using Steps::differentiate, Steps::fetch_saved, Steps::recurs, Steps::settle;
   using Steps::G, Steps::L, Steps::kBufferRows, Steps::given, Steps::in, Steps::out;
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
-  using Steps::t_before_, Steps::task_, Steps::units_;
+  using Steps::t_before_, Steps::task_, Steps::units_, Steps::y_row_;
   using typename Steps::Scalar;
-  static constexpr int64_t kVectorBytes = L * sizeof(Scalar);
+  static constexpr int64_t kSize = sizeof(Scalar), kVectorBytes = L * kSize;
+  // Up to so large a W_hh tiles fetch what the next step reads, in place of the next panel. Zen 5, one thread, time of
+  // the latter over that of the former: LSTM, H = 64, 128, 256, 512 1.03, 1.05, 1.02, 1.01, GRU, H = 128, 192 1.06,
+  // 1.04, RNN, H = 256 1.05; LSTM, H = 1024 .98.
+  static constexpr int64_t kAskedBytes = 4 * 1024 * 1024;
+  static constexpr int64_t kNextStepBytes = 256 * 1024;    // and so much of it stays in the second-level cache
   static constexpr int64_t kPass = pass_terms<V>(kChain);  // of recur_by_rows
 
  public:
@@ -26,7 +32,12 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         far_(G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) > kFarBytes),
         by_rows_(layer_.T == 1 && (task.team.members == 1 || task.team.split_units) && rows_.count() <= kBufferRows &&
                  G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) >= kLargeBytes &&
-                 G * layer_.H >= kPass * 2 + kBufferRows) {}
+                 G * layer_.H >= kPass * 2 + kBufferRows),
+        asks_steps_(core.asks_rows && !layer_.order && !layer_.conversion && !layer_.P && !task.team.split_units &&
+                    rows_.stride() == 1 && G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) <= kAskedBytes) {
+    const int64_t row = (Cell::kSaved + 2) * c_row_ * kSize;
+    if (asks_steps_ && rows_.count() * row <= kNextStepBytes) this->asks_rows_ = false;
+  }
 
  private:
   void pack() {
@@ -114,7 +125,35 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     }
   }
 
+  // What the step at time t is read from, so that tiles of the step before it can fetch it: of rows that lie one behind
+  // the other.
+  void begin_asking(int64_t t) {
+    const int64_t n = rows_.active(t), before = rows_.time_before(t);
+    const auto piece = [&](int which, const void* p, int64_t row, int64_t row_size) {
+      const Scalar* const begin = p ? in(p) + row * row_size : nullptr;
+      asked_[which] = {reinterpret_cast<const char*>(begin), p ? n * row_size * kSize : 0};
+    };
+    piece(0, Cell::kSaved > 0 ? forward_.gates : nullptr, rows_.index(t, 0), c_row_ * Cell::kSaved);
+    piece(1, task_.layer->d_y, rows_.index(t, 0), y_row_);
+    const bool exists = rows_.exists(before) && rows_.active(before) > 0;
+    const void* const states = Cell::kStates == 2 ? forward_.cells : layer_.y;
+    piece(2, exists ? states : nullptr, exists ? rows_.index(before, 0) : 0, Cell::kStates == 2 ? layer_.H : y_row_);
+  }
+
+  // Lets a tile fetch as many lines of it as it has terms.
+  void ask(TileArgs<Scalar>& args, int64_t terms) {
+    for (Asked& piece : asked_) {
+      if (piece.bytes <= 0) continue;
+      args.ahead = piece.begin;
+      args.ahead_step = 64;
+      piece.begin += terms * 64;
+      piece.bytes -= terms * 64;
+      return;
+    }
+  }
+
   void step(int64_t s, int64_t t, int64_t both, int64_t n) {
+    if (asks_steps_ && s > 0) begin_asking(rows_.time(s - 1));
     if (layer_.P) {
       this->gather_d_h(t, 0, both, true);
       this->gather_d_h(t, both, n, false);
@@ -156,7 +195,11 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
               unproject(t, first, m, p, k0, k1, sums);
             } else {
               TileArgs<Scalar> args{};
-              ahead.set(args, tile - q0, after);
+              if (asks_steps_) {
+                ask(args, k1 - k0);
+              } else {
+                ahead.set(args, tile - q0, after);
+              }
               recur(first, m, p, k0, k1, sums, args);
             }
           }
@@ -195,8 +238,14 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   }
 
   const int64_t pass_ = pass_terms<V>(kChain, core.backward_pass);
-  const bool far_;      // W_hh is larger than kFarBytes
-  const bool by_rows_;  // recur_by_rows
+  const bool far_;         // W_hh is larger than kFarBytes
+  const bool by_rows_;     // recur_by_rows
+  const bool asks_steps_;  // tiles fetch what the next step reads
+  struct Asked {
+    const char* begin;
+    int64_t bytes;
+  };
+  Asked asked_[3] = {};  // what they have not fetched yet
   Scalar* sums_ = nullptr;
 };
 

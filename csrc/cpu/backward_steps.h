@@ -220,11 +220,8 @@ class BackwardSteps {
       if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
       if (!task_.layer->d_y) continue;
       const void* const d_y = given(task_.layer->d_y).at(n * y_row_ + task_.direction * r_ + unit);
-      if (kConverts && layer_.conversion) {
-        fetch(static_cast<const uint16_t*>(d_y), units);
-      } else {
-        fetch(elements(d_y), units);
-      }
+      const bool halves = kConverts && layer_.conversion;
+      fetch(elements(d_y), halves ? units / 2 : units);
     }
   }
 
@@ -293,13 +290,6 @@ class BackwardSteps {
     return {rows * c_row_ * Cell::kSaved, rows * H, rows * before, rows * y_row_, state_row_, c_row_, rows * d_row_};
   }
 
-  // What the row after this one is read from, units [first, first + units).
-  FASTRNN_INLINE void fetch_next(const Row& at, const RowSteps& steps, int64_t first, int64_t units) const {
-    if (Cell::kSaved > 0) fetch(at.gates + steps.gates + saved_offset<Cell>(0, 0, first), units * Cell::kSaved);
-    fetch(at.before + steps.before + first, units);
-    if (at.d_y) fetch(at.d_y + steps.y + first, units);
-  }
-
   // The derivative of the cell for m rows and `blocks` unit blocks, kTogether blocks of a row at a time; what came
   // through W_hh (or W_hr) waits in buffer_. Blends: with zoneout, which nobody else shall pay for.
   template <int kTogether, bool kBlends>
@@ -312,7 +302,7 @@ class BackwardSteps {
     for (int j = 0; j < m; ++j) {
       if (j > 0 && strides) at.next(steps);
       if (j > 0 && !strides) at = row_at(t, first + j, block * L, blocks * L, room);
-      if (core.asks_rows && strides && j + 1 < m) fetch_next(at, steps, block * L, blocks * L);
+      if (asks_rows_ && strides && j + 1 < m) at.template fetch_next<Cell>(steps, block * L, blocks * L);
       int k = 0;
       for (; k + kTogether <= blocks; k += kTogether, sums += kTogether * L) {
         differentiate_blocks<kTogether, kBlends>(at, sums, (block + k) * L);
@@ -451,6 +441,7 @@ class BackwardSteps {
   const Panels states_, units_;  // over h, and over the units of the cell: the same without a projection
   const int64_t state_row_, c_row_, y_row_, d_row_, d_h_row_;
   int64_t pack_first_, pack_last_, first_panel_, last_panel_, t_before_ = 0;
+  bool asks_rows_ = core.asks_rows;  // differentiate() asks for what the next row is read from
   alignas(64) Scalar buffer_[kBufferRows * 4 * L];
 };
 

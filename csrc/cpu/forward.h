@@ -28,16 +28,12 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // many bytes. LSTM, B = 1, time packed by the first step over that in place (Ice Lake): H = 256, T = 3, 4 1.08, .99;
   // H = 512, T = 3, 5, 8, 12 1.56, 1.36, 1.20, .93; H = 1024, T = 4, 8, 12, 16 1.18, 1.08, 1.00, .96.
   static constexpr int64_t kInPlaceBytes = 80 * 1024;
-  // Half of a small second-level cache, where the next panel need not be fetched: LSTM, H = 128, B = 4, 16
-  // are 1.02, 1.01 times as fast without (Ice Lake). plan.cpp asks how many threads pay, and goes by the cache there
-  // is.
-  static constexpr int64_t kKeptBytes = 512 * 1024;
 
  public:
   explicit ForwardSweep(const ForwardTask& task)
       : Steps(task),
         lazy_(!task.packed && (task.team.members == 1 || task.team.split_units)),
-        kept_(recurrent_bytes(end_unit_ - first_unit_) <= kKeptBytes),
+        kept_(recurrent_bytes(end_unit_ - first_unit_) <= core.kept_bytes),
         far_(recurrent_bytes(layer_.H) > kFarBytes),
         joined_(layer_.T == 1 && rows_.count() <= DirectTiles<V>::kMostRows && !task.parts),
         in_place_(lazy_ &&
@@ -428,7 +424,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
 
   const int64_t pass_ = pass_terms<V>(kSweepChain, core.forward_pass);
   const bool lazy_;  // panels are packed at their first use
-  const bool kept_;  // this thread's packed W_hh stays in a second-level cache from step to step
+  // This thread's packed W_hh stays in the second-level cache from step to step: LSTM, H = 128, B = 4, 16
+  // are 1.02, 1.01 times as fast without fetching the next panel (Ice Lake). plan.cpp asks how many threads pay, and
+  // goes by the cache there is.
+  const bool kept_;
   // W_hh, of all threads together, is larger than kFarBytes. Paired panels are then fetched ahead too, and a first step
   // that reads in place packs past the caches (AVX-512): LSTM of 1024 units, B = 1, T = 25 1.15 times as fast (Ice
   // Lake). At H = 512 (4 MB) neither gains. No fence follows: a thread reads no panels but its own.

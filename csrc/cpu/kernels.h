@@ -22,8 +22,9 @@ void wait(Barrier* barrier, int members);
 
 // What the cores of this machine do well (core.cpp).
 struct Core {
-  bool asks_near;  // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
-  bool asks_rows;  // loops over rows ask for the next row's lines, and not a step for all of its rows'
+  bool asks_near;      // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
+  bool asks_rows;      // loops over rows ask for the next row's lines, and not a step for all of its rows'
+  int64_t kept_bytes;  // of a thread's W_hh that stays in its second-level cache: no panel is fetched ahead (forward.h)
   int64_t forward_pass, backward_pass;  // least terms that the tiles of a panel take together (pass_terms in matmul.h)
 };
 extern const Core core;

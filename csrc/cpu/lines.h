@@ -148,6 +148,14 @@ struct BackwardRow {
     d_gates += steps.d_gates;
     if (cell_h) cell_h += steps.cells;
   }
+
+  // Asks for what units [first, first + units) of the next row are read from.
+  template <class Cell>
+  FASTRNN_INLINE void fetch_next(const RowSteps& steps, int64_t first, int64_t units) const {
+    if (Cell::kSaved > 0) fetch(gates + steps.gates + first * Cell::kSaved, units * Cell::kSaved);
+    fetch(before + steps.before + first, units);
+    if (d_y) fetch(d_y + steps.y + first, units);
+  }
 };
 
 }  // namespace cpu
