@@ -227,7 +227,7 @@ def test_reparametrized_weights_survive_both_ways(name, way):
     made = []
     for _ in range(2):  # torch does not copy weights that are computed
         _, module = both(name, 3, 5)
-        module.double()  # the gradient through a spectral norm cancels
+        module.double()  # the gradient through a spectral norm cancels in float32
         REPARAMETRIZED[way](module, "weight_hh" if name.endswith("Cell") else "weight_hh_l0")
         made.append(module.eval())  # in training spectral norm turns its vectors at every call
     theirs, stock = made

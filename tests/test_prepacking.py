@@ -320,8 +320,9 @@ def test_another_instruction_set_is_refused(features, dtype):
         pytest.skip("this machine has one instruction set")
     module, x = fastrnn.LSTM(features, 64).to(dtype), an_input("LSTM", features).to(dtype)
     for other in names:
-        if other == before or (dtype != torch.bfloat16 and {other, before} <= {"avx512", "avx512_bf16", "amx"}):
-            continue  # the kernels of the two are the same
+        same = {other, before} <= {"avx512", "avx512_bf16", "amx"} and dtype != torch.bfloat16
+        if other == before or (same and not (features == 4096 and "amx" in (other, before))):
+            continue  # the kernels of the two are the same, and so is how W_ih lies, but for AMX's large ones in parts
         try:
             with torch.no_grad(), fastrnn.prepacked(module):
                 extension.module.select_isa(other)

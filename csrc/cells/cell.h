@@ -21,9 +21,10 @@
 //   candidate(saved, prev, next)   next as forward left it, computed again with the same bits: what was stored may be a
 //            blend with prev (zoneout). Two states need it. With one, the loops undo the blend where nothing is saved,
 //            and where something is, backward must not read next
-//   kProjects   whether h may be projected before it recurs; then unprojected(saved, next) gives h again in backward,
-//   from
-//            next[1] and saved[kOutput] alone, and update(x, r, prev, next, saved) is forward but for h
+//   kProjects   whether h may be projected before it recurs; then unprojected(saved, next) gives h again in backward.
+//            Such a cell has two states, no parameters, and besides:
+//   kOutput  index in saved of all that unprojected() reads beside next[1]
+//   update(x, r, prev, next, saved)   forward but for h
 // With kParameters > 0, forward and backward have one more argument, parameters[kParameters], and the last kParameters
 // entries of d are dL/dparameters of this row and unit, which the loops sum over rows in ascending order.
 // With two states the loops carry h past the cell: prev[0], and in backward next[0], are zero there, since a projected

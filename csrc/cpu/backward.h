@@ -23,7 +23,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   // the latter over that of the former: LSTM, H = 64, 128, 256, 512 1.03, 1.05, 1.02, 1.01, GRU, H = 128, 192 1.06,
   // 1.04, RNN, H = 256 1.05; LSTM, H = 1024 .98.
   static constexpr int64_t kAskedBytes = 4 * 1024 * 1024;
-  static constexpr int64_t kNextStepBytes = 256 * 1024;    // and so much of it stays in the second-level cache
+  static constexpr int64_t kNextStepBytes = 256 * 1024;    // of a step that stay in the second-level cache meanwhile
   static constexpr int64_t kPass = pass_terms<V>(kChain);  // of recur_by_rows
 
  public:
@@ -33,10 +33,10 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         by_rows_(layer_.T == 1 && (task.team.members == 1 || task.team.split_units) && rows_.count() <= kBufferRows &&
                  G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) >= kLargeBytes &&
                  G * layer_.H >= kPass * 2 + kBufferRows),
-        asks_steps_(core.asks_rows && !layer_.order && !layer_.conversion && !layer_.P && !task.team.split_units &&
-                    rows_.stride() == 1 && G * layer_.H * r_ * static_cast<int64_t>(sizeof(Scalar)) <= kAskedBytes) {
-    const int64_t row = (Cell::kSaved + 2) * c_row_ * kSize;
-    if (asks_steps_ && rows_.count() * row <= kNextStepBytes) this->asks_rows_ = false;
+        asks_steps_(core.asks_rows && layer_.T > 2 && !layer_.order && !layer_.conversion && !layer_.P &&
+                    !task.team.split_units && rows_.stride() == 1 && G * layer_.H * r_ * kSize <= kAskedBytes &&
+                    can_ask()) {
+    if (asks_steps_ && step_bytes() <= kNextStepBytes) this->asks_rows_ = false;
   }
 
  private:
@@ -125,23 +125,35 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
     }
   }
 
-  // What the step at time t is read from, so that tiles of the step before it can fetch it: of rows that lie one behind
-  // the other.
-  void begin_asking(int64_t t) {
-    const int64_t n = rows_.active(t), before = rows_.time_before(t);
-    const auto piece = [&](int which, const void* p, int64_t row, int64_t row_size) {
-      const Scalar* const begin = p ? in(p) + row * row_size : nullptr;
-      asked_[which] = {reinterpret_cast<const char*>(begin), p ? n * row_size * kSize : 0};
-    };
-    piece(0, Cell::kSaved > 0 ? forward_.gates : nullptr, rows_.index(t, 0), c_row_ * Cell::kSaved);
-    piece(1, task_.layer->d_y, rows_.index(t, 0), y_row_);
-    const bool exists = rows_.exists(before) && rows_.active(before) > 0;
-    const void* const states = Cell::kStates == 2 ? forward_.cells : layer_.y;
-    piece(2, exists ? states : nullptr, exists ? rows_.index(before, 0) : 0, Cell::kStates == 2 ? layer_.H : y_row_);
+  int64_t state_row_size() const { return Cell::kStates == 2 ? layer_.H : y_row_; }
+  // What begin_asking() lists, at most.
+  int64_t step_bytes() const { return rows_.count() * (c_row_ * Cell::kSaved + y_row_ + state_row_size()) * kSize; }
+  // Whether the tiles of a step have sums enough to fetch, and are enough for all of that, each of one array alone.
+  bool can_ask() const {
+    const int nv = static_cast<int>(states_.width(0));
+    const RowTiles tiles(rows_.count(), Tiles<V>::rows(nv));
+    if (tiles.tiles == 0 || !fetches<V>(static_cast<int>(rows_.count() / tiles.tiles) * nv)) return false;
+    const int64_t all = states_.count * tiles.tiles;
+    return all >= 3 && all * G * layer_.H >= step_bytes() / 64;
   }
 
-  // Lets a tile fetch as many lines of it as it has terms.
-  void ask(TileArgs<Scalar>& args, int64_t terms) {
+  // What the step at time t is read from and the step after it was not, so that tiles of that one can fetch it: gates,
+  // d_y, and the states before. Of rows that lie one behind the other.
+  void begin_asking(int64_t t) {
+    const auto list = [&](int which, const void* p, int64_t time, int64_t row_size) {
+      asked_[which] = {};
+      if (!p || !rows_.exists(time) || rows_.active(time) == 0) return;
+      const Scalar* const begin = in(p) + rows_.index(time, 0) * row_size;
+      asked_[which] = {reinterpret_cast<const char*>(begin), rows_.active(time) * row_size * kSize};
+    };
+    list(0, Cell::kSaved > 0 ? forward_.gates : nullptr, t, c_row_ * Cell::kSaved);
+    list(1, task_.layer->d_y, t, y_row_);
+    list(2, Cell::kStates == 2 ? forward_.cells : layer_.y, rows_.time_before(t), state_row_size());
+  }
+
+  // Lets a tile with so many sums fetch as many lines of it as it has terms: a few past the end of an array.
+  void ask(TileArgs<Scalar>& args, int sums, int64_t terms) {
+    if (!fetches<V>(sums)) return;
     for (Asked& piece : asked_) {
       if (piece.bytes <= 0) continue;
       args.ahead = piece.begin;
@@ -153,7 +165,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   }
 
   void step(int64_t s, int64_t t, int64_t both, int64_t n) {
-    if (asks_steps_ && s > 0) begin_asking(rows_.time(s - 1));
+    if (asks_steps_) begin_asking(rows_.time(s - 1));  // lists nothing at s = 0
     if (layer_.P) {
       this->gather_d_h(t, 0, both, true);
       this->gather_d_h(t, both, n, false);
@@ -196,7 +208,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
             } else {
               TileArgs<Scalar> args{};
               if (asks_steps_) {
-                ask(args, k1 - k0);
+                ask(args, m * nv, k1 - k0);
               } else {
                 ahead.set(args, tile - q0, after);
               }

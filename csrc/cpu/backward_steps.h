@@ -211,7 +211,8 @@ class BackwardSteps {
     }
   }
 
-  // The saved arrays that differentiate() reads for these rows and units, unless it asks for them row by row.
+  // The saved arrays that differentiate() reads for these rows and units. A core of the other kind drops so
+  // many requests at once.
   void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
     if (core.asks_rows) return;
     for (int64_t row = begin; row < end; ++row) {
@@ -220,8 +221,8 @@ class BackwardSteps {
       if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
       if (!task_.layer->d_y) continue;
       const void* const d_y = given(task_.layer->d_y).at(n * y_row_ + task_.direction * r_ + unit);
-      const bool halves = kConverts && layer_.conversion;
-      fetch(elements(d_y), halves ? units / 2 : units);
+      const bool of_16_bits = kConverts && layer_.conversion;
+      fetch(elements(d_y), of_16_bits ? units / 2 : units);
     }
   }
 

@@ -223,7 +223,7 @@ class Gradients : public WeightGradients<Gradients<Cell, V>, Cell, V, SameElemen
   // The row of d_x that row n of d_gates belongs to.
   Scalar* input_row(int64_t n) const { return out(task_.layer->d_x) + task_.places[n] * layer_.I; }
 
-  // Rows [row, end) of d_x in the columns of one panel, in passes; longer ones where each moves the sums to and fro.
+  // Rows [row, end) of d_x in the columns of one panel, in passes; long ones where each moves the sums to and fro.
   void input_panel(int d, const Panels& panels, int64_t p, const Scalar* packed, int64_t row, int64_t end,
                    const Scalar* following) {
     const int64_t k_size = G * layer_.H, step = panels.width(p) * L;

@@ -23,7 +23,9 @@ void wait(Barrier* barrier, int members);
 // What the cores of this machine do well (core.cpp).
 struct Core {
   bool asks_near;      // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
-  bool asks_rows;      // loops over rows ask for the next row's lines, and not a step for all of its rows'
+  bool asks_rows;      // tiles of a backward step fetch what the next one reads (backward.h); where they cannot, a row
+                       // asks for the next row's lines, as packing does for rows of matrices of any size (pack.h)
+  bool cell_in_two;    // an LSTM's cell is two loops over the rows (lines.h)
   int64_t kept_bytes;  // of a thread's W_hh that stays in its second-level cache: no panel is fetched ahead (forward.h)
   int64_t forward_pass, backward_pass;  // least terms that the tiles of a panel take together (pass_terms in matmul.h)
 };

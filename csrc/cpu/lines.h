@@ -33,9 +33,9 @@ FASTRNN_INLINE bool is_line(const Places& places, int64_t unit, bool saves) {
 }
 
 // Of a cell whose h is made of c and one gate, when nothing is saved: all c first, then all h. Both loops are short
-// enough for a core to have several rows under way. Their gate waits where the sums were. One thread of Zen 5: cycles
-// of a vector 55 -> 47, forward of LSTM, H = 64, 100, 128, 256 1.03, 1.02, 1.01, 1.01 times as fast; where gates are
-// saved, equal.
+// enough for a core to have several rows under way. The output gate waits in the place of the first gate's sums. One
+// thread of Zen 5: cycles of a vector 55 -> 47, forward of LSTM, H = 64, 100, 128, 256 1.03, 1.02, 1.01, 1.01 times as
+// fast; where gates are saved, equal.
 template <class Cell, class V>
 FASTRNN_INLINE void activate_line_in_two(const ForwardPlaces<typename V::Scalar, typename V::Scalar>& places,
                                          int64_t unit, int m) {
@@ -43,10 +43,11 @@ FASTRNN_INLINE void activate_line_in_two(const ForwardPlaces<typename V::Scalar,
   constexpr int L = V::kLanes, G = Cell::kGates;
   Scalar* const sums = places.r + (unit - places.unit) * G;
   Scalar* const states = places.c + places.first * places.c_row + unit;
-  const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
-  for (int j = 0; j < m; ++j, x += places.x_row) {
+  const Scalar* const inputs = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
+  for (int j = 0; j < m; ++j) {
     V xs[G], rs[G], prev[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
     Scalar *const r = sums + j * places.r_row, *const c = states + j * places.c_row;
+    const Scalar* const x = inputs + j * places.x_row;
     unroll<G>([&](auto g) __attribute__((always_inline)) {
       xs[g.value] = V::load(x + g.value * L);
       rs[g.value] = V::load(r + g.value * L);
@@ -57,15 +58,15 @@ FASTRNN_INLINE void activate_line_in_two(const ForwardPlaces<typename V::Scalar,
     next[1].store(c);
     saved[Cell::kOutput].store(r);
   }
-  Scalar* h = places.h_after + places.first * places.h_row + unit;
-  Scalar* y = places.y + places.index * places.y_row + unit;
-  for (int j = 0; j < m; ++j, h += places.h_row, y += places.index_stride * places.y_row) {
+  Scalar* const h = places.h_after + places.first * places.h_row + unit;
+  Scalar* const y = places.y + places.index * places.y_row + unit;
+  for (int j = 0; j < m; ++j) {
     V next[Cell::kStates], saved[Cell::kSaved];
     saved[Cell::kOutput] = V::load(sums + j * places.r_row);
     next[1] = V::load(states + j * places.c_row);
     const V made = Cell::unprojected(saved, next);
-    made.store(h);
-    made.store(y);
+    made.store(h + j * places.h_row);
+    made.store(y + j * places.index_stride * places.y_row);
   }
 }
 
@@ -77,7 +78,9 @@ FASTRNN_INLINE void activate_line(const ForwardPlaces<typename V::Scalar, typena
   using Scalar = typename V::Scalar;
   constexpr int L = V::kLanes, G = Cell::kGates;
   constexpr bool kStates2 = Cell::kStates == 2, kSavesGates = kSaves && Cell::kSaved > 0;
-  if constexpr (Cell::kProjects && !kSaves) return activate_line_in_two<Cell, V>(places, unit, m);
+  if constexpr (Cell::kProjects && !kSaves) {
+    if (core.cell_in_two) return activate_line_in_two<Cell, V>(places, unit, m);
+  }
   const Scalar* r = places.r + (unit - places.unit) * G;
   const Scalar* x = places.x + places.first * places.x_row + (unit - places.x_unit) * G;
   const Scalar* h_before = places.h_before + places.first * places.h_row + unit;
@@ -149,10 +152,12 @@ struct BackwardRow {
     if (cell_h) cell_h += steps.cells;
   }
 
-  // Asks for what units [first, first + units) of the next row are read from.
+  // Asks for what units [first, first + units) of the next row are read from; its c or h of this step was the `before`
+  // of the step after.
   template <class Cell>
   FASTRNN_INLINE void fetch_next(const RowSteps& steps, int64_t first, int64_t units) const {
-    if (Cell::kSaved > 0) fetch(gates + steps.gates + first * Cell::kSaved, units * Cell::kSaved);
+    const int64_t block = first / 16 * 16, end = (first + units + 15) / 16 * 16;
+    if (Cell::kSaved > 0) fetch(gates + steps.gates + block * Cell::kSaved, (end - block) * Cell::kSaved);
     fetch(before + steps.before + first, units);
     if (d_y) fetch(d_y + steps.y + first, units);
   }

@@ -47,6 +47,7 @@ constexpr int64_t kNearBytes = 32 * 1024;
 // where a chain is not larger, the part of the panel at work stays in the first-level cache, and the second-level one
 // need not hold whole panels beside all else. Time of whole panels over that in passes (Ice Lake): RNN of 1760 units,
 // B = 32, 1.12, of 1024 1.02 to 1.05; LSTM, B = 64, H = 512 and 1024 .99, 1.02 (AVX-512), 1.05, 1.01 (AVX2).
+// Where the core wants longer ones, `least` terms (core.cpp), only the second-level cache keeps the part at work.
 template <class V>
 constexpr int64_t pass_terms(int64_t chain, int64_t least = 0) {
   constexpr int64_t kNear = kNearBytes / (4 * V::kLanes * static_cast<int64_t>(sizeof(typename V::Scalar)));
@@ -55,7 +56,7 @@ constexpr int64_t pass_terms(int64_t chain, int64_t least = 0) {
 }
 // Terms of the next of the passes over `left` terms: a rest of less than half a pass is none of its own, whose few
 // terms would have to fetch the next panel.
-constexpr int64_t next_pass(int64_t pass, int64_t left) { return left < pass + pass / 2 ? left : pass; }
+static constexpr int64_t next_pass(int64_t pass, int64_t left) { return left < pass + pass / 2 ? left : pass; }
 // Terms of the reduction by which a tile asks ahead for such a panel's lines, into the first-level cache. 8 and 32 are
 // equal; without, 1 to 6 % slower at B = 4 to 64 (Granite Rapids). Tiles of few rows wait for the second-level cache
 // whatever they ask: 3 to 8 % slower with it (there; 9 to 17 % on Ice Lake). Pairs of panels ask where the caller has
@@ -63,6 +64,12 @@ constexpr int64_t next_pass(int64_t pass, int64_t left) { return left < pass + p
 // (core.asks_near): there it takes the place of loads that the tile waits for (Ice Lake: LSTM of 128 and 256 units 1.05
 // to 1.06 times as fast without it at B = 4 and 8, 1.01 to 1.04 at 16 and 64).
 constexpr int kNearTerms = 16;
+
+// Whether a tile of one panel with so many sums fetches what `ahead` names, also of weights that are not far.
+template <class V>
+constexpr bool fetches(int sums) {
+  return sums >= (V::kLanes > 1 ? V::kRegisters / 2 : 16);
+}
 
 template <class V, int M, int NV, int NP>
 __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
@@ -76,7 +83,7 @@ __attribute__((noinline)) void tile(const TileArgs<typename V::Scalar>& t) {
   // B = 1, 2, 3 1.03, 1.08, 1.11 times as fast, backward of LSTM of 1024 units 1.02, 1.03, 1.06; nearer weights 1 to 8
   // % slower.
   constexpr bool kManyRows = M * N >= 16, kAsks = kManyRows || NP == 2;
-  constexpr bool kFetches = kAsks || (L > 1 && M * N >= V::kRegisters / 2);
+  constexpr bool kFetches = kAsks || fetches<V>(M * N);
   const bool wishes = t.ahead != nullptr && (kFetches || (L > 1 && t.far));
   const bool streams = wishes || (kManyRows && t.k * NV * L * static_cast<int64_t>(sizeof(Scalar)) > kNearBytes);
   const bool asks = kAsks && streams && core.asks_near;

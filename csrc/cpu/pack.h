@@ -192,16 +192,17 @@ constexpr int64_t kLargeBytes = 1024 * 1024;
 // Rows row(0), ..., row(k_size - 1) of panels.n columns, void pointers, of elements of 16 bits if `conversion` is given
 // -> for each panel of [p0, p1), one behind the other, [k][block][lanes], zero past the last column. No transpose: a
 // panel is a strip of columns. Rows of a large matrix, which comes from the third-level cache or from memory, are asked
-// for some rows ahead, since a row of a panel is too short for the hardware's own prefetching, and go to all panels
-// some at a time, since every row is on another page (Ice Lake: two steps backward, B = 2, 4, of 512 and 1024
-// units 1.06 to 1.15 times as fast as panel after panel).
+// for some rows ahead, since a row of a panel is too short for the hardware's own prefetching (with core.asks_rows
+// others of kAskedRow bytes, too), and go to all panels some at a time, since every row is on another page (Ice Lake:
+// two steps backward, B = 2, 4, of 512 and 1024 units 1.06 to 1.15 times as fast as panel after panel).
 template <class V, class Row>
 inline __attribute__((always_inline)) void pack_columns(const Row& row, const Conversion* conversion, int64_t k_size,
                                                         const Panels& panels, int64_t p0, int64_t p1,
                                                         typename V::Scalar* packed, bool part_of_large = false) {
   constexpr int L = V::kLanes;
-  constexpr int64_t kSize = sizeof(typename V::Scalar), kRowsAhead = 12, kRowsAtOnce = 64;
+  constexpr int64_t kSize = sizeof(typename V::Scalar), kRowsAhead = 12, kRowsAtOnce = 64, kAskedRow = 512;
   const bool large = part_of_large || k_size * panels.n * kSize >= kLargeBytes;
+  const bool asks = large || (core.asks_rows && panels.n * kSize >= kAskedRow);
   const int64_t together = large ? kRowsAtOnce : k_size;
   for (int64_t k0 = 0; k0 < k_size; k0 += together) {
     const int64_t k1 = k_size - k0 < together ? k_size : k0 + together;
@@ -218,7 +219,7 @@ inline __attribute__((always_inline)) void pack_columns(const Row& row, const Co
           }
         }
         const typename V::Scalar* from = static_cast<const typename V::Scalar*>(row(k)) + column;
-        if ((large || core.asks_rows) && k + kRowsAhead < k_size) {
+        if (asks && k + kRowsAhead < k_size) {
           const auto* const next = static_cast<const typename V::Scalar*>(row(k + kRowsAhead)) + column;
           for (int64_t j = 0; j < rest; j += 64 / kSize) __builtin_prefetch(next + j, 0, 3);
         }

@@ -32,14 +32,15 @@ class Scratch {
 };
 
 // Rows of input gates per chunk: about 256 KB of them, so that they are still cached when the steps read them, but at
-// least 64 rows, since W_ih is streamed once a chunk. 192, 400 and 1000 rows measured equal up to H = 512 and 2 to 8 %
-// slower at H = 1024 (Granite Rapids); on Zen 5 192 are 1.01 times as fast up to rows of 4 KB and .99 from 8 KB on, and
-// 1.02 to 1.03 where a step has few. In parts (parts.h) W_ih is multiplied faster than it comes from the third-level
-// cache: there 192 rows are 5 to 10 % faster than 64.
+// least 64 rows, since W_ih is streamed once a chunk, and 192 where they take no more than 768 KB, or 1.5 MB if a step
+// has few. 192, 400 and 1000 rows measured equal up to H = 512 and 2 to 8 % slower at H = 1024 (Granite Rapids); on
+// Zen 5 192 are 1.01 times as fast up to rows of 4 KB and .99 from 8 KB on, and 1.02 to 1.03 where a step has few. In
+// parts (parts.h) W_ih is multiplied faster than it comes from the third-level cache: there 192 rows are 5 to 10 %
+// faster than 64.
 int64_t chunk_rows(const LayerForward& layer, int64_t rows, bool in_parts) {
   const int64_t row_bytes = padded(layer.H) * gates_per_unit(layer) * (layer.is_double ? 8 : 4);
   int64_t chunk = 256 * 1024 / row_bytes;
-  const int64_t least = in_parts || row_bytes <= 4096 || rows < 8 ? 192 : 64;
+  const int64_t least = in_parts || row_bytes <= (rows < 8 ? 8192 : 4096) ? 192 : 64;
   if (chunk < least) chunk = least;
   if (chunk < rows) chunk = rows;
   const int64_t all = rows * layer.T;
