@@ -41,7 +41,7 @@ def test_tables_are_written_between_the_marks_alone(tmp_path):
     name = "bench/results/some.json"
     (tmp_path / "bench/results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    result = report.read_json(ROOT / "bench/results/xeon-ice-lake-2-cores.json")
+    result = report.read_json(ROOT / "bench/results/epyc-zen-5-2-cores.json")
     for page in pages.texts(result):
         (tmp_path / page).write_text("before\n<!-- table of old.json -->\nstale\n<!-- end of the table -->\nafter\n")
     written = pages.renew(result, tmp_path / name, tmp_path)
