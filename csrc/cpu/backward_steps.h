@@ -211,8 +211,8 @@ class BackwardSteps {
     }
   }
 
-  // The saved arrays that differentiate() reads for these rows and units. A core of the other kind drops so
-  // many requests at once.
+  // The saved arrays that differentiate() reads for these rows and units. Not where core.asks_rows: on such a
+  // core so many requests at once made no difference.
   void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
     if (core.asks_rows) return;
     for (int64_t row = begin; row < end; ++row) {

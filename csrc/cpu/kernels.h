@@ -24,7 +24,7 @@ void wait(Barrier* barrier, int members);
 struct Core {
   bool asks_near;      // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
   bool asks_rows;      // tiles of a backward step fetch what the next one reads (backward.h); where they cannot, a row
-                       // asks for the next row's lines, as packing does for rows of matrices of any size (pack.h)
+                       // asks for the next row's lines, as packing does for rows of smaller matrices, too (pack.h)
   bool cell_in_two;    // an LSTM's cell is two loops over the rows (lines.h)
   int64_t kept_bytes;  // of a thread's W_hh that stays in its second-level cache: no panel is fetched ahead (forward.h)
   int64_t forward_pass, backward_pass;  // least terms that the tiles of a panel take together (pass_terms in matmul.h)
