@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The product of a few rows with weights as they lie in memory: for a call too short to pay for packing, and for the
-// first step of a longer one, which packs them besides (forward.h). A block of V::kLanes rows of the weights is turned
-// over in registers, some columns at a time, and feeds the same sums in the same order as the tile of matmul.h: the
-// bits are those of the packed product.
+// first rows of others, which packs them besides (forward.h). A block of V::kLanes rows of the weights is turned over
+// in registers, some columns at a time, and feeds the same sums in the same order as the tile of matmul.h: the bits are
+// those of the packed product.
 #pragma once
+#include "layer.h"
 #include "matmul.h"
+#include "pack.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -13,7 +15,8 @@ template <class Scalar>
 struct DirectArgs {
   int64_t k;           // length of the reduction, a multiple of V::kColumns (16 bits: kWidenedColumns), as is chain
   int64_t chain;       // as TileArgs
-  const Scalar* a;     // a[m][k] at a[m*a_row + k]
+  int64_t rows;        // of the product: M, or fewer of the tallest tile's
+  const Scalar* a;     // [M] rows, a_row apart, or [k][M]: DirectTiles::turns
   int64_t a_row;       //
   const void* w[2];    // [lanes] rows of k elements, w_row apart; a piece of the result each
   int64_t w_row;       //
@@ -21,10 +24,13 @@ struct DirectArgs {
   Scalar* out;         // [M] rows of [N][lanes], out_row elements apart
   int64_t out_row;
   // Where kPacks:
-  Scalar* packed[2];   // the panel of each piece, [k] rows packed_row elements apart
-  int64_t packed_row;  //
+  Scalar* packed[2];  // the panel of each piece, [k] rows packed_row elements apart
+  int64_t packed_row;
   bool passes_caches;  // panels are stored past the caches, which do not hold them anyway, if the lane class can
 };
+
+template <class V>
+struct DirectTiles;
 
 template <class V>
 constexpr bool kCanStream = requires(V v, typename V::Scalar* to) { v.stream(to); };
@@ -38,8 +44,12 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
   constexpr int L = V::kLanes;
   constexpr bool kHalfLines = kHasHalfLines<V>, kWidens = sizeof(Element) != sizeof(Scalar);
   static_assert(!(kWidens && kPacks));
+  constexpr bool kTurned = DirectTiles<V>::turns(M);
   const Scalar* a = t.a;
   const int64_t a_row = t.a_row, w_row = t.w_row, packed_row = t.packed_row;
+  const auto element = [&](auto m, auto c)
+                           __attribute__((always_inline)) { return a[kTurned ? c * M + m : m * a_row + c]; };
+  const auto go_on = [&](int columns) __attribute__((always_inline)) { a += kTurned ? columns * M : columns; };
   const Element* w[N];
   Scalar* packed[N];
   unroll<N>([&](auto n) __attribute__((always_inline)) {
@@ -62,13 +72,13 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
         unroll<N>([&](auto n) __attribute__((always_inline)) {
           V::widened_columns(w[n.value], w_row, [&](auto c, V column) __attribute__((always_inline)) {
             unroll<M>([&](auto m) __attribute__((always_inline)) {
-              const V s = V::broadcast(a[m.value * a_row + c.value]);
+              const V s = V::broadcast(element(m.value, c.value));
               acc[m.value * N + n.value] = V::fma(s, column, acc[m.value * N + n.value]);
             });
           });
           w[n.value] += V::kWidenedColumns;
         });
-        a += V::kWidenedColumns;
+        go_on(V::kWidenedColumns);
       }
     } else {
       // The next columns of piece n.
@@ -98,7 +108,7 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
         }
         unroll<C>([&](auto c) __attribute__((always_inline)) {
           unroll<M>([&](auto m) __attribute__((always_inline)) {
-            const V s = V::broadcast(a[m.value * a_row + c.value]);
+            const V s = V::broadcast(element(m.value, c.value));
             acc[m.value * N + n.value] = V::fma(s, column[c.value], acc[m.value * N + n.value]);
           });
         });
@@ -107,16 +117,17 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
       if constexpr (kHalfLines) {
         for (; k >= V::kHalfLine; k -= V::kHalfLine) {
           unroll<N>([&](auto n) __attribute__((always_inline)) { add(n, Index<V::kHalfLine>{}); });
-          a += V::kHalfLine;
+          go_on(V::kHalfLine);
         }
       }
       for (; k > 0; k -= V::kColumns) {
         unroll<N>([&](auto n) __attribute__((always_inline)) { add(n, Index<V::kColumns>{}); });
-        a += V::kColumns;
+        go_on(V::kColumns);
       }
     }
     Scalar* out = t.out;
     unroll<M>([&](auto m) __attribute__((always_inline)) {
+      if (M == DirectTiles<V>::kMostRows && m.value >= t.rows) return;
       unroll<N>([&](auto n) __attribute__((always_inline)) {
         const V sum = V::load(from + m.value * from_row + n.value * L) + acc[m.value * N + n.value];
         sum.store(out + m.value * t.out_row + n.value * L);
@@ -129,26 +140,112 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
   }
 }
 
+// The tiles there are: of 1 to 8 rows, and with 32 registers of 12, which serve 9 to 12.
 template <class V>
 struct DirectTiles {
   using Function = void (*)(const DirectArgs<typename V::Scalar>&);
-  static constexpr int kMostRows = 8;
+  static constexpr int kMostRows = V::kRegisters >= 32 ? 12 : 8;
 
   // Pieces at a time: of one or two rows a piece alone would wait for its own additions.
   static constexpr int kPaired = V::kRegisters >= 32 ? 2 : 1;  // two rows would spill with 16 registers
-  static constexpr int pieces(int m) { return m <= kPaired ? 2 : 1; }
+  static constexpr int pieces(int64_t rows) { return rows <= kPaired ? 2 : 1; }
+  // More rows are read from [k][height] (turn_rows): elements of eight rows 2 KB apart, beside the lines of the
+  // weights, do not fit their sets of the first-level cache (H = 512: 1.1 to 1.15 times as long).
+  static constexpr bool turns(int64_t rows) { return rows > kPaired; }
+  static constexpr int height(int64_t rows) { return rows <= 8 ? static_cast<int>(rows) : kMostRows; }
 
   template <bool kPacks, class Element = typename V::Scalar>
-  static Function get(int m, int n) {
-    static constexpr Function one[kMostRows] = {
-        direct_tile<V, 1, 1, kPacks, Element>, direct_tile<V, 2, 1, kPacks, Element>,
-        direct_tile<V, 3, 1, kPacks, Element>, direct_tile<V, 4, 1, kPacks, Element>,
-        direct_tile<V, 5, 1, kPacks, Element>, direct_tile<V, 6, 1, kPacks, Element>,
-        direct_tile<V, 7, 1, kPacks, Element>, direct_tile<V, 8, 1, kPacks, Element>};
+  static Function get(int64_t rows, int n) {
+    static constexpr Function one[9] = {
+        direct_tile<V, 1, 1, kPacks, Element>,        direct_tile<V, 2, 1, kPacks, Element>,
+        direct_tile<V, 3, 1, kPacks, Element>,        direct_tile<V, 4, 1, kPacks, Element>,
+        direct_tile<V, 5, 1, kPacks, Element>,        direct_tile<V, 6, 1, kPacks, Element>,
+        direct_tile<V, 7, 1, kPacks, Element>,        direct_tile<V, 8, 1, kPacks, Element>,
+        direct_tile<V, kMostRows, 1, kPacks, Element>};
     static constexpr Function two[2] = {direct_tile<V, 1, 2, kPacks, Element>,
                                         direct_tile<V, kPaired, 2, kPacks, Element>};
-    return n == 2 ? two[m - 1] : one[m - 1];
+    return n == 2 ? two[rows - 1] : one[rows <= 8 ? rows - 1 : 8];
   }
+};
+
+// Rows of the left operand of such products, as the tiles of their number read them.
+template <class Scalar>
+struct FewRows {
+  const Scalar* a;
+  int64_t a_row, n;
+};
+
+// Those that a product with weights in place takes of n rows of k elements: all, or the first of more, of which the
+// others find the weights packed. `place`: room for kMostRows of them, and a vector.
+template <class V>
+FewRows<typename V::Scalar> few_rows(const typename V::Scalar* a, int64_t a_row, int64_t n, int64_t k,
+                                     typename V::Scalar* place) {
+  using Tiles = DirectTiles<V>;
+  constexpr int64_t kMost = Tiles::kMostRows;
+  const int64_t rows = n <= kMost ? n : n - kMost < 3 ? kMost - 4 : kMost;  // a tile of one or two others is slow
+  if (!Tiles::turns(rows)) return {a, a_row, rows};
+  turn_rows<V>(a, a_row, rows, k, place, Tiles::height(rows));
+  return {place, 0, rows};
+}
+
+// Panels of G gates of the weights of a layer, read in place.
+template <class V, int G, int64_t kTerms>
+class DirectPanels {
+  using Scalar = typename V::Scalar;
+  static constexpr int64_t L = V::kLanes;
+
+ public:
+  DirectPanels(const LayerForward& layer, const Panels& units) : layer_(layer), units_(units) {}
+
+  // Where w holds a piece (a block of units, one gate) of panel p: V::kLanes rows of k elements.
+  const void* source(const void* w, int64_t p, int64_t piece, int64_t k) const {
+    const Given<Scalar> weights{w, layer_.conversion};
+    return weights.at((piece % G * layer_.H + (units_.first(p) + piece / G) * L) * k);
+  }
+
+  // to[rows][pieces] = bias + rows * w for the `pieces` pieces from panel p on, which go to `packed` besides, if there
+  // is one; past the caches, if they are not read again soon.
+  void multiply(const void* w, const Scalar* bias, int64_t p, int pieces, const FewRows<Scalar>& rows, int64_t k,
+                Scalar* to, int64_t to_row, Scalar* packed = nullptr, bool passes_caches = false) const {
+    const int most = DirectTiles<V>::pieces(rows.n);
+    DirectArgs<Scalar> args{};
+    args.k = k;
+    args.chain = kTerms;
+    args.rows = rows.n;
+    args.a = rows.a;
+    args.a_row = rows.a_row;
+    args.w_row = k;
+    args.out_row = to_row;
+    const int64_t width = units_.width(p) * G;  // pieces of a panel
+    args.packed_row = width * L;
+    args.passes_caches = passes_caches;
+    for (int piece = 0; piece < pieces; piece += most) {
+      const int count = pieces - piece < most ? 1 : most;
+      for (int j = 0; j < count; ++j) {
+        args.w[j] = source(w, p, piece + j, k);
+        const int64_t panel = (piece + j) / width, column = (piece + j) % width;
+        args.packed[j] = packed ? packed + (panel * width * k + column) * L : nullptr;
+      }
+      args.init = bias + (units_.first(p) * G + piece) * L;
+      args.out = to + piece * L;
+      tile(rows.n, count, packed != nullptr)(args);
+    }
+  }
+
+ private:
+  typename DirectTiles<V>::Function tile(int64_t rows, int pieces, bool packs) const {
+    using Tiles = DirectTiles<V>;
+    if constexpr (kTurnsWidening<V>) {
+      if (layer_.conversion) {
+        return layer_.conversion->is_half ? Tiles::template get<false, Float16>(rows, pieces)
+                                          : Tiles::template get<false, Bfloat16>(rows, pieces);
+      }
+    }
+    return packs ? Tiles::template get<true>(rows, pieces) : Tiles::template get<false>(rows, pieces);
+  }
+
+  const LayerForward& layer_;
+  const Panels& units_;
 };
 
 }  // namespace cpu

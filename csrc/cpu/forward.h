@@ -69,7 +69,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   // The packed panels [p, p + n) of w. A thread that alone uses a panel packs it at its first use, when it is needed
   // in the cache anyway; if that use is the only one, every panel takes the place of the one before, and the packed
   // weights never leave the cache.
-  const Scalar* panel(const void* w, void* packed, int64_t k, int64_t p, int64_t n, bool first, bool only) const {
+  Scalar* panel(const void* w, void* packed, int64_t k, int64_t p, int64_t n, bool first, bool only) const {
     Scalar* place = out(packed) + units_.first(lazy_ && only ? first_panel_ : p) * G * L * k;
     if (lazy_ && first) pack_gates<V, G>(given(w), k, units_, p, p + n, place);
     return place;
@@ -84,47 +84,18 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     return false;
   }
 
-  // to[n rows][pieces] = bias + rows * w for the `pieces` pieces (a block of units, one gate) from panel p on, which go
-  // to `packed` besides, if there is one.
-  void product_in_place(const void* w, const void* bias, int64_t p, int pieces, const Scalar* a, int64_t a_row,
-                        int64_t n, int64_t k, Scalar* to, int64_t to_row, Scalar* packed) const {
-    const int most = DirectTiles<V>::pieces(static_cast<int>(n));
-    DirectArgs<Scalar> args{};
-    args.k = k;
-    args.chain = kSweepChain;
-    args.a = a;
-    args.a_row = a_row;
-    args.w_row = k;
-    args.out_row = to_row;
-    const int64_t width = units_.width(p) * G;  // pieces of a panel
-    args.packed_row = width * L;
-    args.passes_caches = far_;
-    for (int piece = 0; piece < pieces; piece += most) {
-      const int count = pieces - piece < most ? 1 : most;
-      for (int j = 0; j < count; ++j) {
-        args.w[j] = source(w, p, piece + j, k);
-        const int64_t panel = (piece + j) / width, column = (piece + j) % width;
-        args.packed[j] = packed ? packed + (panel * width * k + column) * L : nullptr;
-      }
-      args.init = in(bias) + (units_.first(p) * G + piece) * L;
-      args.out = to + piece * L;
-      direct_tile_of(static_cast<int>(n), count, packed != nullptr)(args);
-    }
+  // Whether panels [p, p + count) can be packed while the first of n rows, too many to read weights in place, are
+  // multiplied: turning columns over takes slots that multiply-adds leave free.
+  bool can_pack_in_passing(int64_t n, int64_t k, int64_t p, int64_t count) const {
+    return lazy_ && n > DirectTiles<V>::kMostRows && !layer_.conversion && k % V::kColumns == 0 &&
+           units_.first(p + count) * L <= layer_.H;
   }
 
-  typename DirectTiles<V>::Function direct_tile_of(int rows, int pieces, bool packs) const {
-    if constexpr (kTurnsWidening<V>) {
-      if (layer_.conversion) {
-        return layer_.conversion->is_half ? DirectTiles<V>::template get<false, Float16>(rows, pieces)
-                                          : DirectTiles<V>::template get<false, Bfloat16>(rows, pieces);
-      }
-    }
-    return packs ? DirectTiles<V>::template get<true>(rows, pieces) : DirectTiles<V>::template get<false>(rows, pieces);
-  }
-
-  // Where w holds a piece of panel p: V::kLanes rows of k elements.
-  const void* source(const void* w, int64_t p, int64_t piece, int64_t k) const {
-    return given(w).at((piece % G * layer_.H + (units_.first(p) + piece / G) * L) * k);
+  // The first of n rows for both, of x or, behind them, h.
+  FewRows<Scalar> few_of(const Scalar* a, int64_t a_row, int64_t n, int64_t k, bool of_h) const {
+    if (!lazy_ || k % V::kColumns) return {};
+    Scalar* const place = out(task_.few_rows) + (of_h ? layer_.I * DirectTiles<V>::kMostRows : 0);
+    return few_rows<V>(a, a_row, n, k, place);
   }
 
   // Lets the q-th tile of a panel fetch its share of what panel p will be packed from.
@@ -134,7 +105,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     const int64_t bytes = layer_.conversion ? L * static_cast<int64_t>(sizeof(uint16_t)) : kVectorBytes;
     const int64_t piece = q >> shift, part = q - (piece << shift), step = bytes >> shift;
     if (piece >= pieces) return;
-    args.ahead = static_cast<const char*>(source(w, p, piece, args.k)) + part * args.k * step;
+    args.ahead = static_cast<const char*>(direct_.source(w, p, piece, args.k)) + part * args.k * step;
     args.ahead_step = step;
   }
 
@@ -142,7 +113,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
   struct Chunk {
     const Scalar* a;
     int64_t a_row;
-    bool first, only;  // of all chunks
+    bool first, only;     // of all chunks
+    FewRows<Scalar> few;  // the first of them
   };
 
   // x_gates = W_ih x + b_ih for the steps from s on that fit a chunk; returns the step after them. Where a call joins
@@ -162,7 +134,8 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
         return end;
       }
     }
-    const Chunk chunk{a, a_row, s == 0, end - s == layer_.T};
+    Chunk chunk{a, a_row, s == 0, end - s == layer_.T, {}};
+    if (chunk.first || repacks()) chunk.few = few_of(a, a_row, chunk_rows_, layer_.I, false);
     if (joined_) {
       chunk_ = chunk;
     } else {
@@ -183,20 +156,26 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     const int64_t fit = kRowBytes / bytes > 48 ? kRowBytes / bytes : 48;
     for (int64_t begin = 0; begin < chunk_rows_; begin += fit) {
       const int64_t rows = chunk_rows_ - begin < fit ? chunk_rows_ - begin : fit;
+      const Scalar* const a = chunk.a + begin * args.a_row;
+      const bool few_left = begin && repacks() && rows <= DirectTiles<V>::kMostRows;
+      const FewRows<Scalar> few = few_left ? few_of(a, args.a_row, rows, layer_.I, false) : chunk.few;
       for (int64_t p = first_panel; p < last_panel; ++p) {
         const int nv = static_cast<int>(units_.width(p)) * G;
         const int64_t block = units_.first(p);
         const bool first = begin == 0 && (chunk.first || repacks());
         Scalar* const x_gates = out(task_.x_gates) + begin * x_gates_row_ + (block * L - first_unit_) * G;
         if (repacks() && can_read_in_place(rows, layer_.I, p, 1)) {
-          product_in_place(direction_.w_ih, task_.b_ih, p, nv, chunk.a + begin * args.a_row, args.a_row, rows, layer_.I,
-                           x_gates, x_gates_row_, nullptr);
+          direct_.multiply(direction_.w_ih, in(task_.b_ih), p, nv, few, layer_.I, x_gates, x_gates_row_);
           continue;
         }
-        const Scalar* const weights =
-            panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first, chunk.only && rows == chunk_rows_);
-        const RowTiles tiles(rows, Tiles<V>::rows(nv));
         const bool fetches = p + 1 < last_panel, packed = !(lazy_ && first);
+        const int64_t done = !packed && can_pack_in_passing(rows, layer_.I, p, 1) ? few.n : 0;
+        Scalar* const weights =
+            panel(direction_.w_ih, task_.w_ih, layer_.I, p, 1, first && !done, chunk.only && rows == chunk_rows_);
+        if (done) {
+          direct_.multiply(direction_.w_ih, in(task_.b_ih), p, nv, few, layer_.I, x_gates, x_gates_row_, weights);
+        }
+        const RowTiles tiles(rows - done, Tiles<V>::rows(nv));
         const Scalar* const following = fetches && packed ? packed_panel(task_.w_ih, p + 1, layer_.I) : nullptr;
         const int64_t pass = packed && tiles.tiles > 1 ? pass_ : layer_.I;
         int64_t k0 = 0;
@@ -206,14 +185,14 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
           const Ahead ahead(tiles.tiles, args.k, nv * kVectorBytes);
           args.w = weights + k0 * nv * L;
           for (int64_t j = 0; j < tiles.tiles; ++j) {
-            const int64_t row = begin + tiles.first(j);
-            args.a = chunk.a + row * args.a_row + k0;
+            const int64_t row = done + tiles.first(j);
+            args.a = a + row * args.a_row + k0;
             ahead.set(args, j, k1 < layer_.I ? weights + k1 * nv * L : following);
             if (fetches && !packed) set_ahead_of_packing(args, j, tiles.tiles, direction_.w_ih, p + 1, nv);
-            args.out = x_gates + tiles.first(j) * x_gates_row_;
+            args.out = x_gates + row * x_gates_row_;
             args.init = k0 ? args.out : in(task_.b_ih) + block * G * L;
             args.init_row = k0 ? x_gates_row_ : 0;
-            Tiles<V>::get(static_cast<int>(begin + tiles.first(j + 1) - row), nv, 1)(args);
+            Tiles<V>::get(static_cast<int>(done + tiles.first(j + 1) - row), nv, 1)(args);
           }
           k0 = k1;
         } while (k0 < layer_.I);
@@ -318,6 +297,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     args.a_step = 1;
     args.init_row = 0;
     args.far = far_;
+    const FewRows<Scalar> few = kUnpacked ? few_of(h, h_row_, n, r_, true) : FewRows<Scalar>{};
     const int pair = n <= Tiles<V>::kPaired && G > 2 ? 2 : 1;
     const int64_t groups = (last_panel_ - first_panel_ + pair - 1) / pair;
     for (int64_t j = 0; j < groups; ++j) {
@@ -329,18 +309,24 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       if constexpr (kUnpacked) {
         if (can_read_in_place(n, r_, p, np)) {
           Scalar* const place = in_place_ ? nullptr : out(task_.w_hh) + units_.first(p) * G * L * r_;
-          product_in_place(direction_.w_hh, task_.b_hh, p, np * nv, h, h_row_, n, r_, buffer_, np * nv * L, place);
+          direct_.multiply(direction_.w_hh, in(task_.b_hh), p, np * nv, few, r_, buffer_, np * nv * L, place, far_);
           activate(t, 0, static_cast<int>(n), block, np * nv / G, at, which);
           continue;
         }
       }
-      args.w = panel(direction_.w_hh, task_.w_hh, r_, p, np, kUnpacked && (s == 0 || repacks()), repacks());
+      const bool packs = kUnpacked && (s == 0 || repacks());
+      const int64_t done = packs && (repacks() || kept_) && can_pack_in_passing(n, r_, p, np) ? few.n : 0;
+      Scalar* const weights = panel(direction_.w_hh, task_.w_hh, r_, p, np, packs && !done, repacks());
+      if (done) {
+        direct_.multiply(direction_.w_hh, in(task_.b_hh), p, np * nv, few, r_, buffer_, np * nv * L, weights);
+      }
+      args.w = weights;
       args.w_panel = nv * L * r_;
       args.init = in(task_.b_hh) + block * G * L;
       args.out_row = np * nv * L;
       const Scalar* const x_gates = in(task_.x_gates) + at * x_gates_row_ + (block * L - first_unit_) * G;
       // Several tiles before the cell: a tile alone would leave its last additions and the first of the cell exposed.
-      const RowTiles tiles(n, Tiles<V>::rows(nv));
+      const RowTiles tiles(n - done, Tiles<V>::rows(nv));
       const bool fetches = j + 1 < groups && (np == 1 ? kUnpacked || !kept_ : far_);
       const int64_t next_panel = down ? p - pair : p + pair;
       const Scalar* const following = fetches && !kUnpacked ? packed_panel(task_.w_hh, next_panel, r_) : nullptr;
@@ -356,9 +342,10 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
       }
       const Ahead ahead(tiles.tiles, r_, np * nv * kVectorBytes);
       for (int64_t q = 0; q < tiles.tiles;) {
-        const int64_t begin = tiles.first(q);
-        int64_t end = begin;
-        for (int64_t next; q < tiles.tiles && (next = tiles.first(q + 1)) - begin <= kBufferRows; end = next, ++q) {
+        const int64_t begin = q ? done + tiles.first(q) : 0;
+        int64_t end = q ? begin : done;
+        for (int64_t next; q < tiles.tiles && (next = done + tiles.first(q + 1)) - begin <= kBufferRows;
+             end = next, ++q) {
           args.a = h + end * h_row_;
           ahead.set(args, q, following);
           if (kUnpacked && fetches) set_ahead_of_packing(args, q, tiles.tiles, direction_.w_hh, next_panel, np * nv);
@@ -422,6 +409,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
     }
   }
 
+  const DirectPanels<V, G, kSweepChain> direct_{layer_, units_};
   const int64_t pass_ = pass_terms<V>(kSweepChain, core.forward_pass);
   const bool lazy_;  // panels are packed at their first use
   // This thread's packed W_hh stays in the second-level cache from step to step: LSTM, H = 128, B = 4, 16

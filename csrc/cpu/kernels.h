@@ -65,10 +65,11 @@ struct ForwardTask {
   void* masked_h[2];  // [rows, Rp], h times its mask, which W_hh multiplies; h itself without a mask; 15 rows more to
                       // read, and always a copy, in bfloat16
   // The thread's own.
-  void* x_gates;  // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
-  void* x_rows;   // [chunk_rows, I], rows of x gathered where they do not lie at one stride, or are converted
-  void* x_parts;  // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
-  void* cell_h;   // [rows, Hp], o*tanh(c) before the projection; 15 rows more to read in bfloat16
+  void* x_gates;   // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
+  void* x_rows;    // [chunk_rows, I], rows of x gathered where they do not lie at one stride, or are converted
+  void* few_rows;  // [12, I + R] and a vector: rows of x, and of h, turned over for products in place (direct.h)
+  void* x_parts;   // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
+  void* cell_h;    // [rows, Hp], o*tanh(c) before the projection; 15 rows more to read in bfloat16
 };
 
 // One thread's part of the backward sweep over one direction: from d_y to the gradients of the gates. With products in

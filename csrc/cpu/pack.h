@@ -74,6 +74,19 @@ inline __attribute__((always_inline)) void turn_over(const typename V::Scalar* f
   }
 }
 
+// `rows` rows of k columns, a multiple of V::kColumns, from_row apart -> [k][height], zero past the last row; up to
+// V::kLanes elements past the end are written, too.
+template <class V>
+void turn_rows(const typename V::Scalar* from, int64_t from_row, int64_t rows, int64_t k, typename V::Scalar* to,
+               int64_t height) {
+  constexpr int L = V::kLanes;
+  // Whole vectors: each column is overrun by the one before, and the upper rows by the lower ones.
+  for (int64_t first = (height - 1) / L * L; first >= 0; first -= L) {
+    const int64_t left = rows - first;
+    turn_over<V>(from + first * from_row, from_row, left < L ? left : L, k, to + first, height);
+  }
+}
+
 // The same of elements of 16 bits, from_row = k_size.
 template <class V>
 inline __attribute__((always_inline)) void turn_over(const uint16_t* from, const Conversion& conversion, int64_t rows,

@@ -56,10 +56,10 @@ struct FloatAvx2 {
   static constexpr int kColumns = 4;
   static void columns(const float* from, int64_t from_row, FloatAvx2* column) {
     __m256 a[4];  // a[j]: rows j, j+4
+    const BlockRows<8, float> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const float* row = from + j.value * from_row;
-      const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(row));
-      a[j.value] = _mm256_insertf128_ps(one, _mm_loadu_ps(row + 4 * from_row), 1);
+      const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(row.template at<j.value>()));
+      a[j.value] = _mm256_insertf128_ps(one, _mm_loadu_ps(row.template at<j.value + 4>()), 1);
     });
     const __m256 low01 = _mm256_unpacklo_ps(a[0], a[1]), high01 = _mm256_unpackhi_ps(a[0], a[1]);
     const __m256 low23 = _mm256_unpacklo_ps(a[2], a[3]), high23 = _mm256_unpackhi_ps(a[2], a[3]);
@@ -76,9 +76,10 @@ struct FloatAvx2 {
   static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
                                                                     const Use& use) {
     __m256i a[4];  // a[j]: rows j, j+4
+    const BlockRows<8, Element> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const Element* row = from + j.value * from_row;
-      a[j.value] = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(row)), eight(row + 4 * from_row), 1);
+      const __m128i one = eight(row.template at<j.value>()), two = eight(row.template at<j.value + 4>());
+      a[j.value] = _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
     });
     const __m256i low01 = _mm256_unpacklo_epi16(a[0], a[1]), high01 = _mm256_unpackhi_epi16(a[0], a[1]);
     const __m256i low23 = _mm256_unpacklo_epi16(a[2], a[3]), high23 = _mm256_unpackhi_epi16(a[2], a[3]);

@@ -50,12 +50,12 @@ struct DoubleAvx512 {
   static constexpr int kColumns = 2;  // as in avx512.h, quarters of two rows
   static void columns(const double* from, int64_t from_row, DoubleAvx512* column) {
     __m512d a[2];  // a[j]: rows j, j+2, j+4, j+6
+    const BlockRows<8, double> row(from, from_row);
     unroll<2>([&](auto j) __attribute__((always_inline)) {
-      const double* row = from + j.value * from_row;
-      const __m512d one = _mm512_castpd128_pd512(_mm_loadu_pd(row));
-      const __m512d two = _mm512_insertf64x2(one, _mm_loadu_pd(row + 2 * from_row), 1);
-      const __m512d three = _mm512_insertf64x2(two, _mm_loadu_pd(row + 4 * from_row), 2);
-      a[j.value] = _mm512_insertf64x2(three, _mm_loadu_pd(row + 6 * from_row), 3);
+      const __m512d one = _mm512_castpd128_pd512(_mm_loadu_pd(row.template at<j.value>()));
+      const __m512d two = _mm512_insertf64x2(one, _mm_loadu_pd(row.template at<j.value + 2>()), 1);
+      const __m512d three = _mm512_insertf64x2(two, _mm_loadu_pd(row.template at<j.value + 4>()), 2);
+      a[j.value] = _mm512_insertf64x2(three, _mm_loadu_pd(row.template at<j.value + 6>()), 3);
     });
     column[0].v = _mm512_unpacklo_pd(a[0], a[1]);
     column[1].v = _mm512_unpackhi_pd(a[0], a[1]);
@@ -64,10 +64,11 @@ struct DoubleAvx512 {
   static constexpr int kHalfLine = 4;  // as in avx512.h, rows two apart
   static void half_lines(const double* from, int64_t from_row, DoubleAvx512* column) {
     __m512d a[4];  // rows 0 and 2, 1 and 3, 4 and 6, 5 and 7
+    const BlockRows<8, double> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const double* row = from + (j.value / 2 * 4 + j.value % 2) * from_row;
-      const __m512d one = _mm512_castpd256_pd512(_mm256_loadu_pd(row));
-      a[j.value] = _mm512_insertf64x4(one, _mm256_loadu_pd(row + 2 * from_row), 1);
+      constexpr int kFirst = j.value / 2 * 4 + j.value % 2;
+      const __m512d one = _mm512_castpd256_pd512(_mm256_loadu_pd(row.template at<kFirst>()));
+      a[j.value] = _mm512_insertf64x4(one, _mm256_loadu_pd(row.template at<kFirst + 2>()), 1);
     });
     const __m512d low02 = _mm512_unpacklo_pd(a[0], a[1]), low13 = _mm512_unpackhi_pd(a[0], a[1]);
     const __m512d high02 = _mm512_unpacklo_pd(a[2], a[3]), high13 = _mm512_unpackhi_pd(a[2], a[3]);

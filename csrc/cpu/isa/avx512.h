@@ -83,12 +83,12 @@ struct FloatLanes {
   static constexpr int kColumns = 4;
   static void columns(const float* from, int64_t from_row, FloatLanes* column) {
     __m512 a[4];  // a[j]: rows j, j+4, j+8, j+12
+    const BlockRows<16, float> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const float* row = from + j.value * from_row;
-      const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row));
-      const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row + 4 * from_row), 1);
-      const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(row + 8 * from_row), 2);
-      a[j.value] = _mm512_insertf32x4(three, _mm_loadu_ps(row + 12 * from_row), 3);
+      const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row.template at<j.value>()));
+      const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row.template at<j.value + 4>()), 1);
+      const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(row.template at<j.value + 8>()), 2);
+      a[j.value] = _mm512_insertf32x4(three, _mm_loadu_ps(row.template at<j.value + 12>()), 3);
     });
     __m512d turned[4];
     transpose(a, turned);
@@ -100,8 +100,9 @@ struct FloatLanes {
   static constexpr int kHalfLine = 8;
   static void half_lines(const float* from, int64_t from_row, FloatLanes* column) {
     __m512d low[4], high[4];  // [j]: column j in quarters 0 and 2, column j + 4 in 1 and 3, of rows 0 to 7 and 8 to 15
-    eight_rows(from, from_row, low);
-    eight_rows(from + 8 * from_row, from_row, high);
+    const BlockRows<16, float> row(from, from_row);
+    eight_rows<0>(row, low);
+    eight_rows<8>(row, high);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       column[j.value].v = _mm512_castpd_ps(_mm512_shuffle_f64x2(low[j.value], high[j.value], 0x88));
       column[j.value + 4].v = _mm512_castpd_ps(_mm512_shuffle_f64x2(low[j.value], high[j.value], 0xdd));
@@ -115,12 +116,12 @@ struct FloatLanes {
   static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
                                                                     const Use& use) {
     __m512i a[4];  // a[j]: rows j, j+4, j+8, j+12
+    const BlockRows<16, Element> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const Element* row = from + j.value * from_row;
-      const __m512i one = _mm512_castsi128_si512(eight(row));
-      const __m512i two = _mm512_inserti32x4(one, eight(row + 4 * from_row), 1);
-      const __m512i three = _mm512_inserti32x4(two, eight(row + 8 * from_row), 2);
-      a[j.value] = _mm512_inserti32x4(three, eight(row + 12 * from_row), 3);
+      const __m512i one = _mm512_castsi128_si512(eight(row.template at<j.value>()));
+      const __m512i two = _mm512_inserti32x4(one, eight(row.template at<j.value + 4>()), 1);
+      const __m512i three = _mm512_inserti32x4(two, eight(row.template at<j.value + 8>()), 2);
+      a[j.value] = _mm512_inserti32x4(three, eight(row.template at<j.value + 12>()), 3);
     });
     const __m512i low01 = _mm512_unpacklo_epi16(a[0], a[1]), high01 = _mm512_unpackhi_epi16(a[0], a[1]);
     const __m512i low23 = _mm512_unpacklo_epi16(a[2], a[3]), high23 = _mm512_unpackhi_epi16(a[2], a[3]);
@@ -143,12 +144,12 @@ struct FloatLanes {
   static FloatLanes widened(__m256i elements, const Bfloat16*) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16))};
   }
-  static void eight_rows(const float* from, int64_t from_row, __m512d* column) {
-    __m512 a[4];  // a[j]: rows j, j+4
+  template <int R>
+  static inline __attribute__((always_inline)) void eight_rows(const BlockRows<16, float>& row, __m512d* column) {
+    __m512 a[4];  // a[j]: rows R + j, R + j + 4
     unroll<4>([&](auto j) __attribute__((always_inline)) {
-      const float* row = from + j.value * from_row;
-      const __m512 one = _mm512_castps256_ps512(_mm256_loadu_ps(row));
-      a[j.value] = _mm512_insertf32x8(one, _mm256_loadu_ps(row + 4 * from_row), 1);
+      const __m512 one = _mm512_castps256_ps512(_mm256_loadu_ps(row.template at<R + j.value>()));
+      a[j.value] = _mm512_insertf32x8(one, _mm256_loadu_ps(row.template at<R + j.value + 4>()), 1);
     });
     transpose(a, column);
   }
