@@ -107,6 +107,7 @@ struct GradientTask {
   void* panels;  // shared, twice: [kSumRows, padded(I) + padded(R) (+ padded(H))] of x, h (and cell_h) in column panels
   void* strip;   // own: see pack_strip
   void* sums;    // own: [kStripColumns + 16]
+  void* strip_sums;     // own: [kStripColumns, max(I, H)], where weights' gradients are narrowed after a single pass
   void* d_gates_parts;  // own, with input_parts: [kPartInputRows, kPartChain] of d_gates as left operand
   void* wide_d_x;       // own, where elements are converted: [at most input_block_rows(), I], rows of d_x as floats
 };
@@ -131,6 +132,7 @@ constexpr int64_t kStripElements = kStripColumns * kSumRows + (kStripColumns / 3
 // With products in bfloat16: rows that the weight gradients take at a time, elements of a packed strip, and elements
 // from one row of the gate gradients to the next. A window of the gates is read in whole blocks, wherever it begins.
 constexpr int64_t kBlockSumRows = 512, kBlockStripElements = kStripColumns * (kBlockSumRows + 32);
+static constexpr int64_t sum_rows(bool is_bfloat16) { return is_bfloat16 ? kBlockSumRows : kSumRows; }
 static constexpr int64_t gate_gradients_row(int64_t stored, int64_t H) { return in_blocks(stored * H) + 32; }
 
 // Rows of d_x that products in parts work on at a time, chain by chain.

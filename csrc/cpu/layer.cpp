@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../arguments.h"
+#include "kernels.h"
 #include "operands.h"
 
 namespace fastrnn {
@@ -115,6 +116,7 @@ struct Gradient {
   void* written = nullptr;  // null when it is not wanted
   bool converts = false;
 
+  Gradient() = default;
   // `type`: what the kernels write; `filled`: they do, else it is zero.
   Gradient(const Tensor* of, bool wanted, Operands& operands, bool filled, at::ScalarType type) {
     if (of == nullptr || !wanted) {
@@ -126,6 +128,22 @@ struct Gradient {
     written = converts ? operands.room(made.numel()) : made.mutable_data_ptr();
     const int64_t bytes = made.numel() * (converts ? operands.bytes() : static_cast<int64_t>(made.element_size()));
     if (!filled && bytes > 0) std::memset(written, 0, static_cast<size_t>(bytes));
+  }
+
+  // That of a weight, which the kernels narrow themselves; `summed`: after sums of all its elements.
+  static Gradient of_weight(const Tensor* of, bool wanted, Operands& operands, bool filled, bool summed,
+                            WeightGradient& place) {
+    if (!wanted || of == nullptr || operands.type() == operands.given()) {
+      Gradient gradient(of, wanted, operands, filled, operands.type());
+      place = WeightGradient{gradient.written, nullptr};
+      return gradient;
+    }
+    Gradient gradient;
+    gradient.made = empty(of->sizes(), operands.given());
+    place = WeightGradient{summed ? operands.room(gradient.made.numel()) : nullptr,
+                           static_cast<uint16_t*>(gradient.made.mutable_data_ptr())};
+    if (!filled) gradient.made.zero_();
+    return gradient;
   }
 
   Tensor finished(const Operands& operands) {
@@ -249,18 +267,24 @@ Gradients layer_backward(const BackwardArguments& b, const Sizes& s) {
     const at::ScalarType type = made.empty() ? operands.element() : operands.type();
     return made.emplace_back(tensor, wanted, operands, filled, type).written;
   };
+  const bool summed = s.N > sum_rows(elements(a) == Operands::Elements::rounded);
+  const auto next_weight = [&](const Tensor* tensor, WeightGradient& place) {
+    const bool wanted = (b.needs >> made.size() & 1) != 0;
+    made.push_back(Gradient::of_weight(tensor, wanted, operands, runs, summed, place));
+  };
   const bool two_states = states_per_unit(a) == 2;
+  if (operands.type() != operands.given()) layer.narrowing = &conversion(operands.given());
   layer.d_x = next(a.x, runs);
   void* const d_h0 = next(a.h0, runs);
   void* const d_c0 = two_states ? next(a.c0, runs) : nullptr;
   for (int64_t d = 0; d < 2; ++d) {
     const Weights& w = a.weights[d];
     DirectionBackward& direction = layer.direction[d];
-    direction.d_w_ih = next(w.w_ih, runs);
-    direction.d_w_hh = next(w.w_hh, runs);
+    next_weight(w.w_ih, direction.d_w_ih);
+    next_weight(w.w_hh, direction.d_w_hh);
     direction.d_b_ih = next(w.b_ih, runs);
     direction.d_b_hh = next(w.b_hh, runs);
-    direction.d_w_hr = a.cell == Cell::lstm ? next(w.w_hr, runs) : nullptr;
+    if (a.cell == Cell::lstm) next_weight(w.w_hr, direction.d_w_hr);
     direction.d_parameters = a.own != nullptr && a.own->parameters != 0 ? next(w.parameters, runs) : nullptr;
   }
   void* const d_reset_h = next(a.reset_h, false);  // added to

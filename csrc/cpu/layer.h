@@ -96,21 +96,29 @@ struct LayerForward {
   DirectionForward direction[2];
 };
 
+// Where the gradient of a weight goes: as sums in the type of the kernels, or in 16 bits, with room for sums of all its
+// elements if there are more rows than one pass over them takes (sum_rows). Both null: it is not wanted.
+struct WeightGradient {
+  void* sums;
+  uint16_t* narrow;
+  explicit operator bool() const { return sums || narrow; }
+};
+
 // What one direction reads and writes in the backward pass, beside the forward's own arrays.
 struct DirectionBackward {
-  const void* d_h_n;    // [B, R] or null (zero)
-  const void* d_c_n;    // [B, H] or null (zero)
-  const void* d_cells;  // [N, H] or null (zero)
-  void* d_h0;           // [B, R] or null (not wanted); likewise every pointer below
-  void* d_c0;           // [B, H]
-  void* d_w_ih;         // [G*H, I]
-  void* d_w_hh;         // [G*H, R]
-  void* d_b_ih;         // [G*H]
-  void* d_b_hh;         // [G*H]
-  void* d_w_hr;         // [P, H]
-  void* d_parameters;   // [parameters*H]
-  void* d_reset_h;      // [B, R], added to
-  void* d_reset_c;      // [B, H], added to
+  const void* d_h_n;      // [B, R] or null (zero)
+  const void* d_c_n;      // [B, H] or null (zero)
+  const void* d_cells;    // [N, H] or null (zero)
+  void* d_h0;             // [B, R] or null (not wanted); likewise every pointer below
+  void* d_c0;             // [B, H]
+  WeightGradient d_w_ih;  // [G*H, I]
+  WeightGradient d_w_hh;  // [G*H, R]
+  void* d_b_ih;           // [G*H]
+  void* d_b_hh;           // [G*H]
+  WeightGradient d_w_hr;  // [P, H]
+  void* d_parameters;     // [parameters*H]
+  void* d_reset_h;        // [B, R], added to
+  void* d_reset_c;        // [B, H], added to
   // What the large products are made of. Null: kept in the scratch. Given: the gradients of weights must be null.
   void* d_gates;  // [N, stored*H]: LSTM i f g o; GRU n of the input, r, z, n of the recurrence; RNN its sum
   void* d_h;      // [N, P], dL/dh at every step, with a projection
@@ -120,6 +128,7 @@ struct LayerBackward {
   LayerForward forward;  // as it was called, with y, gates and cells filled; read only (h_n and c_n are not used)
   const void* d_y;       // [N, D*R] or null (zero)
   void* d_x;             // [N, I] or null (not wanted)
+  const Conversion* narrowing;  // of the gradients of weights, where they are wanted in 16 bits
   DirectionBackward direction[2];
 };
 

@@ -214,7 +214,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   gradient.places = places(forward, scratch);
   for (int d = 0; d < forward.D; ++d) {
     const DirectionBackward& direction = layer.direction[d];
-    const bool project_gradient = direction.d_w_hr != nullptr;
+    const bool project_gradient = static_cast<bool>(direction.d_w_hr);
     BackwardTask shared{};
     shared.layer = &layer;
     shared.direction = d;
@@ -253,6 +253,9 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     const bool narrows = forward.conversion && layer.d_x;
     gradient.wide_d_x = scratch.take(narrows ? (wide < forward.N ? wide : forward.N) * forward.I : 0);
     gradient.sums = scratch.take(kStripColumns + 16);
+    const bool in_one_pass = layer.narrowing && forward.N <= sum_rows(rounded);
+    const int64_t widest = forward.I > forward.H ? forward.I : forward.H;
+    gradient.strip_sums = scratch.take(in_one_pass ? kStripColumns * widest : 0);
     if (gradients) gradients[thread] = gradient;
   }
 }

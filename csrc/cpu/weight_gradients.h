@@ -46,11 +46,14 @@ class WeightGradients {
   int64_t share(int64_t n, int64_t member) const { return n * member / task_.team.members; }
   void join() const { wait(task_.team.barrier, task_.team.members); }
 
-  // A product panel^T * rows that is wanted: rows in column panels of `width` columns, the result [.., width].
+  // A product panel^T * rows: rows in column panels of `width` columns, the result [.., width].
   struct Operand {
-    Scalar* d_w;  // null: not wanted
+    WeightGradient wanted;
+    Scalar* d_w;  // its sums, or those of a strip
     Panels panels;
     Element* packed;
+    Operand(const WeightGradient& gradient, int64_t width)
+        : wanted(gradient), d_w(out(gradient.sums)), panels(width, L, 4), packed(nullptr) {}
   };
 
   // Elements that an operand of this width takes in the panels: half as many again in parts (parts.h).
@@ -62,9 +65,7 @@ class WeightGradients {
     const int64_t member = task_.team.member, N = layer_.N;
     const bool gates = backward.d_w_ih || backward.d_w_hh || backward.d_b_ih || backward.d_b_hh;
     if (!gates && !backward.d_w_hr && !backward.d_parameters) return;  // the same for every member: nobody waits
-    Operand x{out(backward.d_w_ih), Panels(layer_.I, L, 4), nullptr};
-    Operand h{out(backward.d_w_hh), Panels(r_, L, 4), nullptr};
-    Operand m{out(backward.d_w_hr), Panels(layer_.H, L, 4), nullptr};
+    Operand x(backward.d_w_ih, layer_.I), h(backward.d_w_hh, r_), m(backward.d_w_hr, layer_.H);
     const int64_t half = panel_elements(layer_.I) + panel_elements(r_) + (layer_.P ? panel_elements(layer_.H) : 0);
     Cursor cursor(layer_, task_.first_row, d);
     for (int64_t n0 = 0; n0 < N; n0 += kRows) {
@@ -73,7 +74,7 @@ class WeightGradients {
       Element* packed = elements(task_.panels) + (turn_++ & 1) * half;  // the other half may still be read
       const auto pack = [&](Operand& operand, int64_t width, const Conversion* conversion, const auto& row) {
         operand.packed = packed;
-        if (operand.d_w) {
+        if (operand.wanted) {
           const int64_t first = share(operand.panels.count, member), last = share(operand.panels.count, member + 1);
           products.pack(row, conversion, rows, operand, first, last);
         }
@@ -81,7 +82,7 @@ class WeightGradients {
       };
       pack(x, layer_.I, layer_.conversion, [&](int64_t k) { return x_rows_[k]; });
       pack(h, r_, layer_.conversion, [&](int64_t k) { return h_rows_[k]; });
-      if (h.d_w && layer_.direction[d].h_mask) products.mask_panels(h, rows);
+      if (h.wanted && layer_.direction[d].h_mask) products.mask_panels(h, rows);
       if (layer_.P) {
         pack(m, layer_.H, nullptr,
              [&](int64_t k) -> const void* { return elements(task_.cell_h[d]) + (n0 + k) * layer_.H; });
@@ -94,17 +95,17 @@ class WeightGradients {
         const int64_t x_row = input < 0 ? -1 : Cell::input_gate(input) * layer_.H;
         const int64_t h_row = recurrent < 0 ? -1 : Cell::recurrent_gate(recurrent) * layer_.H;
         const Element* a = elements(task_.d_gates[d]) + n0 * d_row_ + s * layer_.H;
-        columns(a, d_row_, rows, wide * layer_.H, n0 == 0, x_row < 0 ? nullptr : &x, x_row, h_row < 0 ? nullptr : &h,
-                h_row, x_row < 0 ? nullptr : out(backward.d_b_ih), h_row < 0 ? nullptr : out(backward.d_b_hh));
+        columns(a, d_row_, rows, wide * layer_.H, n0, x_row < 0 ? nullptr : &x, x_row, h_row < 0 ? nullptr : &h, h_row,
+                x_row < 0 ? nullptr : out(backward.d_b_ih), h_row < 0 ? nullptr : out(backward.d_b_hh));
       }
       if constexpr (Cell::kParameters > 0) {  // sums of rows alone, as those of biases
         const Element* a = elements(task_.d_gates[d]) + n0 * d_row_ + (Cell::kStored - Cell::kParameters) * layer_.H;
-        columns(a, d_row_, rows, Cell::kParameters * layer_.H, n0 == 0, nullptr, 0, nullptr, 0,
-                out(backward.d_parameters), nullptr);
+        columns(a, d_row_, rows, Cell::kParameters * layer_.H, n0, nullptr, 0, nullptr, 0, out(backward.d_parameters),
+                nullptr);
       }
-      if (layer_.P && m.d_w) {
+      if (layer_.P && m.wanted) {
         const int64_t d_h_row = Elements::kRounds ? in_blocks(r_) : r_;
-        columns(elements(task_.d_h[d]) + n0 * d_h_row, d_h_row, rows, r_, n0 == 0, &m, 0, nullptr, 0, nullptr, nullptr);
+        columns(elements(task_.d_h[d]) + n0 * d_h_row, d_h_row, rows, r_, n0, &m, 0, nullptr, 0, nullptr, nullptr);
       }
     }
   }
@@ -120,17 +121,37 @@ class WeightGradients {
            (recurrent < 0 || Cell::recurrent_gate(recurrent_j) == Cell::recurrent_gate(recurrent) + j);
   }
 
+  // Rows [w_row, w_row + size) of d_w (+)= strip^T * panels of rows [n0, n0 + rows). Where 16 bits are wanted they are
+  // rounded after the last pass over them, while their sums are in the cache; a single pass keeps no other sums.
+  void multiply(const Operand& operand, int64_t w_row, int64_t rows, int64_t size, int64_t n0) {
+    Products& products = static_cast<Products&>(*this);
+    const bool start = n0 == 0, last = n0 + rows == layer_.N;
+    if constexpr (sizeof(Scalar) == 4) {
+      if (operand.wanted.narrow && last) {
+        const int64_t width = operand.panels.n, sums_row = start ? 0 : w_row;
+        Operand strip = operand;
+        if (start) strip.d_w = out(task_.strip_sums);
+        products.product(strip, sums_row, rows, size, start);
+        task_.layer->narrowing->narrow(strip.d_w + sums_row * width, operand.wanted.narrow + w_row * width,
+                                       size * width);
+        return;
+      }
+    }
+    products.product(operand, w_row, rows, size, start);
+  }
+
   // This thread's share of `size` columns of a: products with up to two operands, and sums.
-  void columns(const Element* a, int64_t a_row, int64_t rows, int64_t size, bool start, const Operand* x, int64_t x_row,
+  void columns(const Element* a, int64_t a_row, int64_t rows, int64_t size, int64_t n0, const Operand* x, int64_t x_row,
                const Operand* h, int64_t h_row, Scalar* d_b_ih, Scalar* d_b_hh) {
     Products& products = static_cast<Products&>(*this);
+    const bool start = n0 == 0;
     const int64_t end = share(size, task_.team.member + 1);
     for (int64_t column = share(size, task_.team.member); column < end; column += kStripColumns) {
       const int64_t wide = end - column < kStripColumns ? end - column : kStripColumns;
-      if ((x && x->d_w) || (h && h->d_w)) {
+      if ((x && x->wanted) || (h && h->wanted)) {
         products.strip(a + column, a_row, rows, wide);
-        if (x && x->d_w) products.product(*x, x_row + column, rows, wide, start);
-        if (h && h->d_w) products.product(*h, h_row + column, rows, wide, start);
+        if (x && x->wanted) multiply(*x, x_row + column, rows, wide, n0);
+        if (h && h->wanted) multiply(*h, h_row + column, rows, wide, n0);
       }
       if (d_b_ih || d_b_hh) {
         sum(a + column, a_row, rows, wide);
