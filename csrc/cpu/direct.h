@@ -44,7 +44,7 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
   constexpr int L = V::kLanes;
   constexpr bool kHalfLines = kHasHalfLines<V>, kWidens = sizeof(Element) != sizeof(Scalar);
   static_assert(!(kWidens && kPacks));
-  constexpr bool kTurned = DirectTiles<V>::turns(M);
+  constexpr bool kTurned = DirectTiles<V>::turns(M);  // and addresses of weights have few registers
   const Scalar* a = t.a;
   const int64_t a_row = t.a_row, w_row = t.w_row, packed_row = t.packed_row;
   const auto element = [&](auto m, auto c)
@@ -70,7 +70,7 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
     if constexpr (kWidens) {
       for (; k > 0; k -= V::kWidenedColumns) {
         unroll<N>([&](auto n) __attribute__((always_inline)) {
-          V::widened_columns(w[n.value], w_row, [&](auto c, V column) __attribute__((always_inline)) {
+          V::template widened_columns<kTurned>(w[n.value], w_row, [&](auto c, V column) __attribute__((always_inline)) {
             unroll<M>([&](auto m) __attribute__((always_inline)) {
               const V s = V::broadcast(element(m.value, c.value));
               acc[m.value * N + n.value] = V::fma(s, column, acc[m.value * N + n.value]);
@@ -86,9 +86,9 @@ __attribute__((noinline)) void direct_tile(const DirectArgs<typename V::Scalar>&
         constexpr int C = decltype(columns)::value;
         V column[C];
         if constexpr (C == V::kColumns) {
-          V::columns(w[n.value], w_row, column);
+          V::template columns<kTurned>(w[n.value], w_row, column);
         } else {
-          V::half_lines(w[n.value], w_row, column);
+          V::template half_lines<kTurned>(w[n.value], w_row, column);
         }
         if constexpr (!kHalfLines && L >= 4) {
           const Scalar* row = w[n.value] + ahead + (k / C & 3) * (L / 4) * w_row;
@@ -146,8 +146,9 @@ struct DirectTiles {
   using Function = void (*)(const DirectArgs<typename V::Scalar>&);
   static constexpr int kMostRows = V::kRegisters >= 32 ? 12 : 8;
 
-  // Pieces at a time: of one or two rows a piece alone would wait for its own additions.
-  static constexpr int kPaired = V::kRegisters >= 32 ? 2 : 1;  // two rows would spill with 16 registers
+  // Pieces at a time: of one or two rows a piece alone would wait for its own additions. (So does one of three: two
+  // take nine tenths of the time, and with 16 registers of two and three rows .85 of it, although they spill.)
+  static constexpr int kPaired = V::kRegisters >= 32 ? 2 : 1;
   static constexpr int pieces(int64_t rows) { return rows <= kPaired ? 2 : 1; }
   // More rows are read from [k][height] (turn_rows): elements of eight rows 2 KB apart, beside the lines of the
   // weights, do not fit their sets of the first-level cache (H = 512: 1.1 to 1.15 times as long).

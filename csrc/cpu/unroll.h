@@ -20,19 +20,19 @@ inline __attribute__((always_inline)) void unroll(const F& f) {
   }
 }
 
-// The rows of a block of N, from_row elements apart: any of them lies at the address of its group of four and a
-// multiple of the distance, which a load adds for nothing. Left to itself, GCC works out all N addresses before a loop
-// and keeps those that find no register in vectors, from which each load has to fetch its own: a single step of eight
-// rows in place (GRU, H = 256) took 1.06 times as long.
-template <int N, class Element>
+// The rows of a block of N, from_row elements apart. kGrouped: by few addresses; any row lies at that of its group of
+// four and a multiple of the distance, which a load adds for nothing. Left to itself, GCC works out all N addresses
+// before a loop and keeps those that find no register in vectors, from which each load has to fetch its own: a single
+// step of eight rows in place (GRU, H = 256) took 1.06 times as long; of one row, which leaves registers, .96 times.
+template <int N, class Element, bool kGrouped>
 class BlockRows {
  public:
   inline __attribute__((always_inline)) BlockRows(const Element* from, int64_t from_row)
       : row_(from_row * static_cast<int64_t>(sizeof(Element))), three_(3 * row_) {
-    asm("" : "+r"(three_));
+    if constexpr (kGrouped) asm("" : "+r"(three_));
     for (int j = 0; j < (N + 3) / 4; ++j) {
       four_[j] = j < 3 ? reinterpret_cast<const char*>(from) + 4 * j * row_ : four_[2] + 4 * row_;
-      asm("" : "+r"(four_[j]));
+      if constexpr (kGrouped) asm("" : "+r"(four_[j]));
     }
   }
   template <int R>

@@ -54,9 +54,10 @@ struct FloatAvx2 {
   // column[c][lane] = from[lane][c]. Rows four apart are put together as they are read, so that what is left is a 4 by
   // 4 transpose within halves.
   static constexpr int kColumns = 4;
+  template <bool kGrouped = false>
   static void columns(const float* from, int64_t from_row, FloatAvx2* column) {
     __m256 a[4];  // a[j]: rows j, j+4
-    const BlockRows<8, float> row(from, from_row);
+    const BlockRows<8, float, kGrouped> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(row.template at<j.value>()));
       a[j.value] = _mm256_insertf128_ps(one, _mm_loadu_ps(row.template at<j.value + 4>()), 1);
@@ -72,11 +73,11 @@ struct FloatAvx2 {
   // The same of elements of 16 bits: use(c, column c) for each. They are turned over as they are, within halves of four
   // rows and eight columns.
   static constexpr int kWidenedColumns = 8;
-  template <class Element, class Use>
+  template <bool kGrouped = false, class Element, class Use>
   static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
                                                                     const Use& use) {
     __m256i a[4];  // a[j]: rows j, j+4
-    const BlockRows<8, Element> row(from, from_row);
+    const BlockRows<8, Element, kGrouped> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       const __m128i one = eight(row.template at<j.value>()), two = eight(row.template at<j.value + 4>());
       a[j.value] = _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
@@ -142,6 +143,7 @@ struct DoubleAvx2 {
   }
 
   static constexpr int kColumns = 2;  // as above, rows two apart
+  template <bool kGrouped = false>
   static void columns(const double* from, int64_t from_row, DoubleAvx2* column) {
     __m256d a[2];  // a[j]: rows j, j+2
     unroll<2>([&](auto j) __attribute__((always_inline)) {

@@ -48,9 +48,10 @@ struct DoubleAvx512 {
   }
 
   static constexpr int kColumns = 2;  // as in avx512.h, quarters of two rows
+  template <bool kGrouped = false>
   static void columns(const double* from, int64_t from_row, DoubleAvx512* column) {
     __m512d a[2];  // a[j]: rows j, j+2, j+4, j+6
-    const BlockRows<8, double> row(from, from_row);
+    const BlockRows<8, double, kGrouped> row(from, from_row);
     unroll<2>([&](auto j) __attribute__((always_inline)) {
       const __m512d one = _mm512_castpd128_pd512(_mm_loadu_pd(row.template at<j.value>()));
       const __m512d two = _mm512_insertf64x2(one, _mm_loadu_pd(row.template at<j.value + 2>()), 1);
@@ -62,9 +63,10 @@ struct DoubleAvx512 {
   }
 
   static constexpr int kHalfLine = 4;  // as in avx512.h, rows two apart
+  template <bool kGrouped = false>
   static void half_lines(const double* from, int64_t from_row, DoubleAvx512* column) {
     __m512d a[4];  // rows 0 and 2, 1 and 3, 4 and 6, 5 and 7
-    const BlockRows<8, double> row(from, from_row);
+    const BlockRows<8, double, kGrouped> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       constexpr int kFirst = j.value / 2 * 4 + j.value % 2;
       const __m512d one = _mm512_castpd256_pd512(_mm256_loadu_pd(row.template at<kFirst>()));

@@ -81,9 +81,10 @@ struct FloatLanes {
   // column[c][lane] = from[lane][c]. Quarters of four rows, four apart, are put together as they are read, so that what
   // is left is a 4 by 4 transpose within quarters.
   static constexpr int kColumns = 4;
+  template <bool kGrouped = false>
   static void columns(const float* from, int64_t from_row, FloatLanes* column) {
     __m512 a[4];  // a[j]: rows j, j+4, j+8, j+12
-    const BlockRows<16, float> row(from, from_row);
+    const BlockRows<16, float, kGrouped> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(row.template at<j.value>()));
       const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(row.template at<j.value + 4>()), 1);
@@ -98,9 +99,10 @@ struct FloatLanes {
   // The same of half a cache line of every row, with fewer shuffles to a column. Rows four apart are put together as
   // they are read.
   static constexpr int kHalfLine = 8;
+  template <bool kGrouped = false>
   static void half_lines(const float* from, int64_t from_row, FloatLanes* column) {
     __m512d low[4], high[4];  // [j]: column j in quarters 0 and 2, column j + 4 in 1 and 3, of rows 0 to 7 and 8 to 15
-    const BlockRows<16, float> row(from, from_row);
+    const BlockRows<16, float, kGrouped> row(from, from_row);
     eight_rows<0>(row, low);
     eight_rows<8>(row, high);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
@@ -112,11 +114,11 @@ struct FloatLanes {
   // The same of elements of 16 bits: use(c, column c) for each. They are turned over as they are, within quarters of
   // four rows and eight columns.
   static constexpr int kWidenedColumns = 8;
-  template <class Element, class Use>
+  template <bool kGrouped = false, class Element, class Use>
   static inline __attribute__((always_inline)) void widened_columns(const Element* from, int64_t from_row,
                                                                     const Use& use) {
     __m512i a[4];  // a[j]: rows j, j+4, j+8, j+12
-    const BlockRows<16, Element> row(from, from_row);
+    const BlockRows<16, Element, kGrouped> row(from, from_row);
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       const __m512i one = _mm512_castsi128_si512(eight(row.template at<j.value>()));
       const __m512i two = _mm512_inserti32x4(one, eight(row.template at<j.value + 4>()), 1);
@@ -144,8 +146,8 @@ struct FloatLanes {
   static FloatLanes widened(__m256i elements, const Bfloat16*) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(elements), 16))};
   }
-  template <int R>
-  static inline __attribute__((always_inline)) void eight_rows(const BlockRows<16, float>& row, __m512d* column) {
+  template <int R, class Rows>
+  static inline __attribute__((always_inline)) void eight_rows(const Rows& row, __m512d* column) {
     __m512 a[4];  // a[j]: rows R + j, R + j + 4
     unroll<4>([&](auto j) __attribute__((always_inline)) {
       const __m512 one = _mm512_castps256_ps512(_mm256_loadu_ps(row.template at<R + j.value>()));

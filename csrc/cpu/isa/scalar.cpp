@@ -65,7 +65,10 @@ struct Single {
     return cpu::tanh(x);
   }
   static constexpr int kColumns = 1;
-  static void columns(const T* from, int64_t, Single* column) { column->v = *from; }
+  template <bool = false>
+  static void columns(const T* from, int64_t, Single* column) {
+    column->v = *from;
+  }
 };
 
 }  // namespace
