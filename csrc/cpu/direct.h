@@ -145,9 +145,11 @@ template <class V>
 struct DirectTiles {
   using Function = void (*)(const DirectArgs<typename V::Scalar>&);
   static constexpr int kMostRows = V::kRegisters >= 32 ? 12 : 8;
+  static_assert(kMostRows <= kDirectRows && V::kLanes <= 16);  // the room there is (ForwardTask::few_rows)
 
   // Pieces at a time: of one or two rows a piece alone would wait for its own additions. Three rows, and two with 16
-  // registers, wait, too; but GCC reads the columns of both pieces at once and spills (architecture.md, rejected on A).
+  // registers, wait, too; but GCC reads the columns of both pieces at once and spills (docs/architecture.md, left
+  // undone).
   static constexpr int kPaired = V::kRegisters >= 32 ? 2 : 1;
   static constexpr int pieces(int64_t rows) { return rows <= kPaired ? 2 : 1; }
   // More rows are read from [k][height] (turn_rows): elements of eight rows 2 KB apart, beside the lines of the

@@ -41,6 +41,9 @@ struct Team {
   Barrier* barrier;
 };
 
+// Rows, at most, of a product with weights in place (direct.h).
+constexpr int64_t kDirectRows = 12;
+
 // One thread's part of one direction, forward. Element type of every void*: the table's; with products in bfloat16
 // w_ih, w_hh, w_hr, masked_h, cell_h and x_rows are bfloat16, in blocks (blocks.h): I, R and the terms of w_hr and
 // cell_h are padded to 32 there; the rest is float.
@@ -67,7 +70,7 @@ struct ForwardTask {
   // The thread's own.
   void* x_gates;   // [chunk_rows, Hp*G]; with products in bfloat16 15 rows more to read, each 16 elements longer
   void* x_rows;    // [chunk_rows, I], rows of x gathered where they do not lie at one stride, or are converted
-  void* few_rows;  // [12, I + R] and a vector: rows of x, and of h, turned over for products in place (direct.h)
+  void* few_rows;  // [kDirectRows, I + R] and 16: rows of x, and of h, turned over for products in place (direct.h)
   void* x_parts;   // with parts: [chunk_rows, I] as left operand (parts.h), and 31 rows more to read
   void* cell_h;    // [rows, Hp], o*tanh(c) before the projection; 15 rows more to read in bfloat16
 };

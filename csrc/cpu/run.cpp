@@ -183,7 +183,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
       task.x_gates = scratch.take(layer.is_bfloat16 ? (chunk + 15) * (Hp * G + 16) : chunk * Hp * G);
       task.x_rows =
           layer.is_bfloat16 ? scratch.rounded((chunk + 15) * in_blocks(layer.I)) : scratch.take(chunk * layer.I);
-      task.few_rows = scratch.take(layer.is_bfloat16 || packed ? 0 : 12 * (layer.I + width_of_h(layer)) + 16);
+      task.few_rows = scratch.take(layer.is_bfloat16 || packed ? 0 : kDirectRows * (layer.I + width_of_h(layer)) + 16);
       task.x_parts = plan.input_parts ? scratch.rounded((chunk + 31) * part_row(layer.I)) : nullptr;
       const int64_t projected = layer.P ? rows : 0;
       task.cell_h =
