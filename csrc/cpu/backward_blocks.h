@@ -60,7 +60,7 @@ class BackwardBlockSweep : public BackwardSteps<BackwardBlockSweep<Cell, V, Bloc
   void recur_rows(int64_t from, int64_t to, int64_t p, int64_t next, int64_t first, int64_t last) {
     const int64_t nv = states_.width(p);
     BlockTerms d{};
-    d.blocks = in_blocks(G * layer_.H) / kBlockTerms;
+    d.k = G * layer_.H;
     d.a_row = d_row_ * rows_.stride();
     d.w = panel(p);
     d.a = elements(task_.d_gates) + Cell::kRecurrent * layer_.H;
@@ -71,7 +71,7 @@ class BackwardBlockSweep : public BackwardSteps<BackwardBlockSweep<Cell, V, Bloc
   void unproject_rows(int64_t t, int64_t from, int64_t to, int64_t p, int64_t next, int64_t n) {
     const auto place = [&](int64_t q) { return elements(task_.w_hr) + units_.first(q) * L * d_h_row_; };
     BlockTerms d{};
-    d.blocks = d_h_row_ / kBlockTerms;
+    d.k = layer_.P;
     d.a_row = d_h_row_ * rows_.stride();
     d.w = place(p);
     d.a = elements(task_.d_h);

@@ -19,7 +19,7 @@ constexpr int kRowsAtOnce = 2 * kBlockRows;            // of one product: two bl
 constexpr int64_t kBlock = kBlockTerms * kBlockLanes;  // elements of a block of w: [pair of terms][lane][2]
 
 struct BlockTerms {
-  int64_t blocks;     // length of the reduction in blocks of 32 terms, may be 0
+  int64_t k;          // length of the reduction, may be 0; a and w go on with zeros to whole blocks of 32 terms
   const Bfloat16* a;  // a[m][k] at a[m*a_row + k]
   int64_t a_row;
   const Bfloat16* w;  // [blocks][nv][pair of terms][lane][2]

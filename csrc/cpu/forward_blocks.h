@@ -70,7 +70,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
     const int64_t t0 = rows_.reversed() ? rows_.time(end - 1) : s, t1 = t0 + (end - s);
     BlockArgs args{};
     BlockTerms& x = args.terms[0];
-    x.blocks = in_blocks(layer_.I) / kBlockTerms;
+    x.k = layer_.I;
     const Bfloat16* rows = nullptr;
     if (layer_.I % kBlockTerms == 0) rows = rows_.template x_at_one_stride<Bfloat16>(t0, t1, &x.a_row);
     if (!rows) {
@@ -124,8 +124,8 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
     BlockArgs args{};
     BlockTerms &x = args.terms[0], &h = args.terms[1];
     const Bfloat16* const x_rows = one_sum_ ? x_of_step(t, n, &x.a_row) : nullptr;
-    if (one_sum_) x.blocks = in_blocks(layer_.I) / kBlockTerms;
-    h.blocks = in_blocks(r_) / kBlockTerms;
+    if (one_sum_) x.k = layer_.I;
+    h.k = r_;
     h.a_row = in_blocks(r_);
     args.room = static_cast<int>(n < kBlockRows ? n : kBlockRows);
     const int64_t most = n <= kBlockRows ? kBufferRows / kBlockRows : 1, panels = last_panel_ - first_panel_;
@@ -168,7 +168,7 @@ class ForwardBlockSweep : public ForwardSteps<ForwardBlockSweep<Cell, V, Blocks>
     const int64_t row_size = in_blocks(layer_.H);
     BlockArgs args{};
     BlockTerms& m = args.terms[0];
-    m.blocks = row_size / kBlockTerms;
+    m.k = layer_.H;
     m.a_row = row_size;
     args.init = zeros_;
     args.out = buffer_;

@@ -50,7 +50,7 @@ class BlockGradients : public WeightGradients<BlockGradients<Cell, V, Blocks>, C
     BlockArgs args{};
     args.init = zeros_;
     for (int d = 0; d < layer_.D; ++d) {
-      args.terms[d].blocks = in_blocks(k_size) / kBlockTerms;
+      args.terms[d].k = k_size;
       args.terms[d].a_row = d_row_;
     }
     for (int64_t row = begin; row < end; row += together) {
@@ -124,7 +124,7 @@ class BlockGradients : public WeightGradients<BlockGradients<Cell, V, Blocks>, C
     const Panels& panels = operand.panels;
     BlockArgs args{};
     BlockTerms& terms = args.terms[0];
-    terms.blocks = in_blocks(rows) / kBlockTerms;
+    terms.k = rows;
     terms.a_row = kStripRow;
     args.room = kBlockRows;
     for (int64_t p = 0; p < panels.count; ++p) {

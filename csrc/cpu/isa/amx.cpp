@@ -51,7 +51,7 @@ struct AmxBlocks : BlocksAvx512 {
       const Bfloat16* w = terms.w;
       const Bfloat16* ahead = terms.ahead;
       const int64_t a_row = terms.a_row * 2, lines = terms.lines;
-      for (int64_t k = terms.blocks; k > 0; --k, a += kBlockTerms, w += N * kBlock) {
+      for (int64_t k = terms.k; k > 0; k -= kBlockTerms, a += kBlockTerms, w += N * kBlock) {
         _tile_loadd(4, a, a_row);
         for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(ahead + line * 32, 0, 2);
         ahead += terms.ahead_row;
@@ -95,7 +95,7 @@ struct AmxBlocks : BlocksAvx512 {
       const Bfloat16* w = terms.w + v * kBlock;
       const Bfloat16* ahead = terms.ahead;
       const int64_t a_row = terms.a_row * 2, lower = kBlockRows * terms.a_row, lines = v == 0 ? terms.lines : 0;
-      for (int64_t k = terms.blocks; k > 0; --k, a += kBlockTerms, w += nv * kBlock) {
+      for (int64_t k = terms.k; k > 0; k -= kBlockTerms, a += kBlockTerms, w += nv * kBlock) {
         _tile_loadd(4, a, a_row);
         _tile_loadd(6, w, 64);
         _tile_dpbf16ps(0, 4, 6);

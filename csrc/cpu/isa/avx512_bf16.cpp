@@ -25,7 +25,7 @@ __attribute__((noinline)) void dot_tile(const BlockArgs& t) {
     const Bfloat16* a = terms.a;
     const Bfloat16* w = terms.w;
     const int64_t a_row = terms.a_row;
-    for (int64_t k = terms.blocks * (kBlockTerms / 2), pair = 0; k > 0; --k) {
+    for (int64_t k = terms.k, pair = 0; k > 0; k -= 2) {
       __m512bh b[N];
       unroll<N>([&](auto v) __attribute__((always_inline)) {
         b[v.value] = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(w + v.value * kBlock));
