@@ -230,6 +230,22 @@ def test_gradients_and_final_states_are_those_of_float32_nearly(cell, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_projection_may_be_wider_than_the_layer(dtype, count, threads):
+    """Which torch.nn refuses, and torch.ops and fastrnn.functional do not."""
+    threads(count)
+    T, B, I, H, P = 2, 3, 4, 8, 2000  # noqa: E741
+    shapes = [(T, B, I), (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H)]
+    given = [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for shape in shapes]
+    found, expected = (
+        torch.autograd.grad(fastrnn.functional.lstm(x, weights=weights)[0].float().sum(), (x, *weights))
+        for x, *weights in ([t.to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float64))
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).abs().max() <= 16 * torch.finfo(dtype).eps * (1 + b.abs().max())
+
+
+@DTYPES
 def test_two_calls_at_once_and_a_failed_one_leave_the_kept_memory_in_order(dtype, threads):
     threads(2)
     low, wide = pair("lstm", dtype, 256, 40)

@@ -93,7 +93,7 @@ class ForwardSweep : public ForwardSteps<ForwardSweep<Cell, V>, Cell, V, SameEle
 
   // The first of n rows for both, of x or, behind them, h.
   FewRows<Scalar> few_of(const Scalar* a, int64_t a_row, int64_t n, int64_t k, bool of_h) const {
-    if (!lazy_ || k % V::kColumns) return {};
+    if (!lazy_ || k % V::kColumns || (layer_.conversion && (!in_place_ || n > DirectTiles<V>::kMostRows))) return {};
     Scalar* const place = out(task_.few_rows) + (of_h ? layer_.I * DirectTiles<V>::kMostRows : 0);
     return few_rows<V>(a, a_row, n, k, place);
   }

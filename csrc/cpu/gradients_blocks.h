@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The large products after the backward sweeps in bfloat16, as gradients.h in float: x, h, the weights, the gradients
-// of the gates and d_x are bfloat16; gradients of weights and biases are summed, and handed over, in float.
+// of the gates and d_x are bfloat16; gradients of weights and biases are summed in float.
 //
 //   d_x = d_gates[input] * W_ih                         of both directions in one sum, which is rounded once
 #pragma once

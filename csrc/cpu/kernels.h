@@ -110,7 +110,7 @@ struct GradientTask {
   void* panels;  // shared, twice: [kSumRows, padded(I) + padded(R) (+ padded(H))] of x, h (and cell_h) in column panels
   void* strip;   // own: see pack_strip
   void* sums;    // own: [kStripColumns + 16]
-  void* strip_sums;     // own: [kStripColumns, max(I, H)], where weights' gradients are narrowed after a single pass
+  void* strip_sums;     // own: [kStripColumns, max(I, R, H)], where weights' gradients are narrowed after a single pass
   void* d_gates_parts;  // own, with input_parts: [kPartInputRows, kPartChain] of d_gates as left operand
   void* wide_d_x;       // own, where elements are converted: [at most input_block_rows(), I], rows of d_x as floats
 };

@@ -241,6 +241,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
       if (sweeps) sweeps[d][member] = shared;
     }
   }
+  const int64_t of_h = R > forward.H ? R : forward.H, widest = forward.I > of_h ? forward.I : of_h;
   const int64_t widths = padded(forward.I) + Rp + (forward.P ? Hp : 0);
   gradient.panels = plan.weight_parts ? scratch.rounded(2 * part_panel(kSumRows, widths / 16))
                                       : operand(2 * (rounded ? kBlockSumRows : kSumRows) * widths);
@@ -254,7 +255,6 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     gradient.wide_d_x = scratch.take(narrows ? (wide < forward.N ? wide : forward.N) * forward.I : 0);
     gradient.sums = scratch.take(kStripColumns + 16);
     const bool in_one_pass = layer.narrowing && forward.N <= sum_rows(rounded);
-    const int64_t widest = forward.I > forward.H ? forward.I : forward.H;
     gradient.strip_sums = scratch.take(in_one_pass ? kStripColumns * widest : 0);
     if (gradients) gradients[thread] = gradient;
   }
