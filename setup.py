@@ -40,11 +40,11 @@ OPTIMIZE = "-O3"
 CXX = os.environ.get("CXX", "c++")
 CXX_FLAGS = [OPTIMIZE, "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp", "-fPIC"]
 CXX_FLAGS += ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("FASTRNN_WERROR") == "1" else [])]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]
+AVX512 = ["-mprfchw", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]
 # One line for each file of csrc/cpu/isa: what this file alone may use; never -march=native. Other machines: scalar.
 ISA_FLAGS = {
     "scalar": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mprfchw", "-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],

@@ -13,7 +13,7 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
   friend Steps;
   using Steps::backward_, Steps::buffer_, Steps::c_row_, Steps::d_row_, Steps::first_panel_, Steps::forward_,
       Steps::last_panel_;
-  using Steps::differentiate, Steps::fetch_saved, Steps::recurs, Steps::settle;
+  using Steps::differentiate, Steps::recurs, Steps::settle;
   using Steps::G, Steps::L, Steps::kBufferRows, Steps::given, Steps::in, Steps::out;
   using Steps::layer_, Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_;
   using Steps::t_before_, Steps::task_, Steps::units_, Steps::y_row_;
@@ -191,7 +191,6 @@ class BackwardSweep : public BackwardSteps<BackwardSweep<Cell, V>, Cell, V, Same
         const int64_t begin = from + tiles.first(q), q0 = q;
         int64_t row = begin;
         while (q < tiles.tiles && from + tiles.first(q + 1) - begin <= kBufferRows) row = from + tiles.first(++q);
-        fetch_saved(t, begin, row, panels.first(p) * L, nv * L);
         const int64_t k_size = layer_.P ? layer_.P : active ? G * layer_.H : 0;
         int64_t k0 = 0;
         do {

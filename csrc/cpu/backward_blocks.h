@@ -14,7 +14,7 @@ class BackwardBlockSweep : public BackwardSteps<BackwardBlockSweep<Cell, V, Bloc
   using Steps = BackwardSteps<BackwardBlockSweep<Cell, V, Blocks>, Cell, V, Blocks>;
   friend Steps;
   using Steps::buffer_, Steps::d_h_row_, Steps::d_row_, Steps::first_panel_, Steps::forward_, Steps::last_panel_;
-  using Steps::differentiate, Steps::elements, Steps::fetch_saved, Steps::recurs, Steps::settle;
+  using Steps::differentiate, Steps::elements, Steps::recurs, Steps::settle;
   using Steps::G, Steps::L, Steps::kBufferRows;
   using Steps::layer_, Steps::units_;
   using Steps::pack_first_, Steps::pack_last_, Steps::r_, Steps::rows_, Steps::states_, Steps::t_before_, Steps::task_;
@@ -116,7 +116,6 @@ class BackwardBlockSweep : public BackwardSteps<BackwardBlockSweep<Cell, V, Bloc
       const int64_t nv = panels.width(p), follows = j + 1 < end_panel ? next : p;
       for (int64_t begin = from, end; begin < to; begin = end) {
         end = to - begin < kBufferRows ? to : begin + kBufferRows;
-        fetch_saved(t, begin, end, panels.first(p) * L, nv * L);
         if (layer_.P) {
           unproject_rows(t, begin, end, p, follows, to);
         } else if (active) {

@@ -62,14 +62,20 @@ class BackwardSteps {
     Sweep& sweep = static_cast<Sweep&>(*this);
     sweep.pack();
     load_gradients();
-    wait(task_.team.barrier, task_.team.members);
+    wait(task_.team);
     int64_t before = 0;  // rows active at the step done before this one, at time t_before_
     for (int64_t s = layer_.T - 1; s >= 0; --s) {
       const int64_t t = rows_.time(s), n = rows_.active(t), both = before < n ? before : n;
       if (n < before) finish(n, before);
       reset_cells(0, both);
+      if (task_.team.members > 1 && !task_.team.split_units) {
+        fetch_to_write(elements(task_.d_gates) + rows_.packed(t, 0) * d_row_, n * d_row_);
+      }
       sweep.step(s, t, both, n);
-      if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
+      if (task_.team.split_units) {
+        wait(task_.team);
+        fetch_others(t, n);
+      }
       before = n;
       t_before_ = t;
     }
@@ -211,18 +217,15 @@ class BackwardSteps {
     }
   }
 
-  // The saved arrays that differentiate() reads for these rows and units. Not where core.asks_rows: on such a
-  // core so many requests at once made no difference.
-  void fetch_saved(int64_t t, int64_t begin, int64_t end, int64_t unit, int64_t units) const {
-    if (core.asks_rows) return;
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = rows_.index(t, row);
-      if (Cell::kSaved > 0) fetch(in(forward_.gates) + saved_offset<Cell>(n, c_row_, unit), units * Cell::kSaved);
-      if (Cell::kStates == 2) fetch(in(forward_.cells) + n * layer_.H + unit, units);
-      if (!task_.layer->d_y) continue;
-      const void* const d_y = given(task_.layer->d_y).at(n * y_row_ + task_.direction * r_ + unit);
-      const bool of_16_bits = kConverts && layer_.conversion;
-      fetch(elements(d_y), of_16_bits ? units / 2 : units);
+  // As in forward_steps.h: the gradients of the gates that the next step multiplies.
+  inline __attribute__((always_inline)) void fetch_others(int64_t t, int64_t n) const {
+    const int64_t first = first_state(), end = end_state();
+    for (int64_t row = 0; row < n; ++row) {
+      const Element* d = elements(task_.d_gates) + rows_.packed(t, row) * d_row_ + Cell::kRecurrent * layer_.H;
+      for (int g = 0; g < G; ++g, d += layer_.H) {
+        fetch(d, first);
+        fetch(d + end, layer_.H - end);
+      }
     }
   }
 

@@ -63,18 +63,22 @@ class ForwardSteps {
     sweep.pack();
     load_states();
     reset_states(0);
-    wait(task_.team.barrier, task_.team.members);
+    wait(task_.team);
     for (int64_t s = 0; s < layer_.T;) {
       const int64_t end = sweep.project(s);
       int64_t at = rows_.reversed() ? chunk_rows_ : 0;
       for (; s < end; ++s) {
         const int64_t t = rows_.time(s), n = rows_.active(t);
         if (rows_.reversed()) at -= n;
+        fetch_results(t, n);
         sweep.step(s, t, n, at);
         if (layer_.conversion) narrow_y(t, n, (s & 1) ^ 1);
         if (!rows_.reversed()) at += n;
         if (s + 1 < layer_.T) reset_states(s + 1);
-        if (task_.team.split_units) wait(task_.team.barrier, task_.team.members);
+        if (task_.team.split_units) {
+          wait(task_.team);
+          fetch_others(n, (s & 1) ^ 1);
+        }
         const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
         if (stay < n) store_states(stay, n, (s + 1) & 1);
       }
@@ -191,6 +195,30 @@ class ForwardSteps {
       for (int64_t row = 0; row < n; ++row) {
         layer_.conversion->narrow(h + row * h_row_, y + rows_.index(t, row) * y_row_, end - first);
       }
+    }
+  }
+
+  // What the other members made of h, all at once: the product would wait for one line of another core after the other.
+  inline __attribute__((always_inline)) void fetch_others(int64_t n, int which) const {
+    const int64_t size = Elements::kRounds ? in_blocks(r_) : h_row_;
+    const Element* h = elements(task_.masked_h[which]);
+    for (int64_t row = 0; row < n; ++row, h += size) {
+      fetch(h, first_unit_);
+      fetch(h + end_unit_, r_ - end_unit_);
+    }
+  }
+
+  // The first lines of what the rows of a step are about to store. Where members share rows, a processor that fetches
+  // ahead of what one stores takes them from another.
+  inline __attribute__((always_inline)) void fetch_results(int64_t t, int64_t n) const {
+    if (n == 0 || task_.team.members == 1 || task_.team.split_units) return;
+    const int64_t first = rows_.index(t, 0);
+    if (!layer_.conversion) {
+      fetch_to_write(elements(layer_.y) + first * y_row_ + task_.direction * r_, n * y_row_);
+    }
+    if (direction_.cells) fetch_to_write(out(direction_.cells) + first * layer_.H, n * layer_.H);
+    if (Cell::kSaved > 0 && direction_.gates) {
+      fetch_to_write(out(direction_.gates) + saved_offset<Cell>(first, c_row_, 0), n * c_row_ * Cell::kSaved);
     }
   }
 

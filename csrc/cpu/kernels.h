@@ -11,15 +11,6 @@
 namespace fastrnn {
 namespace cpu {
 
-// A spinning barrier for a team that runs at the same time; each counter has a cache line of its own.
-struct Barrier {
-  alignas(64) int arrived;
-  alignas(64) int phase;
-};
-
-// Waits until all members of the team have arrived; yields the core after a while. A team of one returns at once.
-void wait(Barrier* barrier, int members);
-
 // What the cores of this machine do well (core.cpp).
 struct Core {
   bool asks_near;      // tiles ask for the lines of a large panel some terms before they load them (matmul.h)
@@ -31,15 +22,25 @@ struct Core {
 };
 extern const Core core;
 
+// How far a member of a team that runs at the same time is: the rounds of waiting it has begun. It alone writes it, on
+// two cache lines of its own, since some processors fetch them in pairs.
+struct Signal {
+  alignas(64) int64_t rounds;
+  char rest[120];
+};
+
 // The threads that work on one direction, and how they share it. Splitting rows needs no barrier between steps, every
 // thread runs whole sequences; splitting units keeps each thread's slice of the weights in its own cache and costs one
 // barrier a step.
 struct Team {
   int member, members;
   bool split_units;
-  bool deals;  // rows go to the members in turn, and not in blocks: their lengths differ
-  Barrier* barrier;
+  bool deals;       // rows go to the members in turn, and not in blocks: their lengths differ
+  Signal* signals;  // one of each member
 };
+
+// Waits until all members of the team have arrived; yields the core after a while. A team of one returns at once.
+void wait(const Team& team);
 
 // Rows, at most, of a product with weights in place (direct.h).
 constexpr int64_t kDirectRows = 12;

@@ -97,8 +97,9 @@ int64_t unit_shares(const LayerForward& layer, const Kernels& kernels, bool back
   return (blocks + panel - 1) / panel;
 }
 
-constexpr double kBarrier = 400;  // ns
-constexpr double kUneven = 1.05;  // members that meet at every step wait for the slowest of them
+// What a round may take: in one cache, and across sockets.
+constexpr double kNearRound = 30, kFarRound = 1000;  // ns
+constexpr double kUneven = 1.05;                     // members that meet at every step wait for the slowest of them
 
 std::atomic<Split> forced{Split::chosen};
 std::atomic<bool> parts_forced{false};
@@ -111,6 +112,36 @@ Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads,
   if (members > parts) members = static_cast<int>(parts);
   return Plan{&kernels, members * (together ? 2 : 1), members, together, units && members > 1, 0};
 }
+
+// The least of what one thread, rows and units would take, if a round of waiting took so many ns.
+Plan cheapest(const Cost& cost, int threads, double round) {
+  const LayerForward& layer = cost.layer;
+  const bool together = layer.D == 2;
+  const int64_t shares = unit_shares(layer, cost.kernels, cost.backward);
+  const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
+  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + cost.packing(1, 1, false);
+  Plan chosen = serial_plan(cost.kernels);
+  for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
+    const int used = members * (together ? 2 : 1);
+    // The longest share of rows counts; fewer rows than members leave some idle.
+    const int64_t rows = (layer.B + members - 1) / members;
+    const double by_rows =
+        T * cost.step(static_cast<double>(rows), 1) + cost.packing(used, members, true) + cost.region();
+    if (by_rows < best && members <= layer.B)
+      best = by_rows, chosen = Plan{&cost.kernels, used, members, together, false, 0};
+    const double share = static_cast<double>((shares + members - 1) / members) / static_cast<double>(shares);
+    // One round more: the way of what the others made.
+    const double meeting = round * (rounds_of(members) + 1);
+    const double by_units =
+        T * (cost.step(B, 1 / share) * kUneven + meeting) + cost.packing(used, members, false) + cost.region();
+    if (by_units < best && members > 1 && members <= shares && !layer.P) {
+      best = by_units, chosen = Plan{&cost.kernels, used, members, together, true, 0};
+    }
+  }
+  return chosen;
+}
+
+bool same(const Plan& a, const Plan& b) { return a.members == b.members && a.split_units == b.split_units; }
 
 const PartProducts* part_products(const LayerForward& layer, const Kernels& kernels) {
   const bool whole_floats = !layer.is_double && !layer.is_bfloat16 && layer.conversion == nullptr;
@@ -133,33 +164,16 @@ const Kernels& kernels_for(const LayerForward& layer) {
 Plan serial_plan(const Kernels& kernels) { return Plan{&kernels, 1, 1, false, false, 0}; }
 
 Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward) {
-  const Plan serial = serial_plan(kernels);
   if (threads > kMostThreads) threads = kMostThreads;
-  if (threads < 2 || forked || omp_in_parallel()) return serial;
+  if (threads < 2 || forked || omp_in_parallel()) return serial_plan(kernels);
   const bool together = layer.D == 2;
   const Split wish = forced;
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
   const Cost cost{layer, kernels, backward && !layer.is_bfloat16};
-  const int64_t shares = unit_shares(layer, kernels, backward);
-  const double T = static_cast<double>(layer.T), B = static_cast<double>(layer.B);
-  double best = T * cost.step(B, 1) * static_cast<double>(layer.D) + cost.packing(1, 1, false);
-  Plan chosen = serial;
-  for (int members = together ? 1 : 2; members * (together ? 2 : 1) <= threads; ++members) {
-    const int used = members * (together ? 2 : 1);
-    // The longest share of rows counts; fewer rows than members leave some idle.
-    const int64_t rows = (layer.B + members - 1) / members;
-    const double by_rows =
-        T * cost.step(static_cast<double>(rows), 1) + cost.packing(used, members, true) + cost.region();
-    if (by_rows < best && members <= layer.B)
-      best = by_rows, chosen = Plan{&kernels, used, members, together, false, 0};
-    const double share = static_cast<double>((shares + members - 1) / members) / static_cast<double>(shares);
-    const double by_units =
-        T * (cost.step(B, 1 / share) * kUneven + kBarrier) + cost.packing(used, members, false) + cost.region();
-    if (by_units < best && members > 1 && members <= shares && !layer.P) {
-      best = by_units, chosen = Plan{&kernels, used, members, together, true, 0};
-    }
+  if (is_round_time_due() && !same(cheapest(cost, threads, kNearRound), cheapest(cost, threads, kFarRound))) {
+    measure_round_time(threads);
   }
-  return chosen;
+  return cheapest(cost, threads, round_time());
 }
 
 // Bits must be those of any other number of rows: the size of W_ih decides. Calls of one step pay for what sequences

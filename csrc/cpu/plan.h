@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The choices of plan.cpp, each of sizes alone. Used by run.cpp.
+// The choices of plan.cpp, of sizes and of what meeting.cpp measures. Used by run.cpp.
 #pragma once
 #include "kernels.h"
 
@@ -15,6 +15,18 @@ const Kernels& kernels_for(const LayerForward& layer);
 
 // How at most `threads` threads share a layer, by estimates of what each way takes; its products are multiply-adds.
 Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward);
+
+// meeting.cpp: what a round of waiting takes, in ns, as last measured; whether it has not been for a while and many
+// calls; and a measurement, on all threads that a call may use.
+double round_time();
+bool is_round_time_due();
+void measure_round_time(int threads);
+// Rounds in which so many members meet (barrier.cpp).
+static inline int rounds_of(int members) {
+  int rounds = 0;
+  while (1 << rounds < members) ++rounds;
+  return rounds;
+}
 
 // One thread; with the products of another plan.
 Plan serial_plan(const Kernels& kernels);

@@ -78,9 +78,9 @@ const int64_t* places(const LayerForward& layer, Scratch& scratch) {
   return place;
 }
 
-Barrier* barrier(Scratch& scratch) {
-  Barrier* made = static_cast<Barrier*>(scratch.bytes(sizeof(Barrier)));
-  if (made) made->arrived = made->phase = 0;
+Signal* signals(int members, Scratch& scratch) {
+  Signal* made = static_cast<Signal*>(scratch.bytes(static_cast<size_t>(members) * sizeof(Signal)));
+  for (int member = 0; made && member < members; ++member) made[member].rounds = 0;
   return made;
 }
 
@@ -160,7 +160,7 @@ void lay_out(const LayerForward& layer, const Plan& plan, Scratch& scratch, Forw
     ForwardTask shared{};
     shared.layer = &layer;
     shared.direction = d;
-    shared.team = Team{0, plan.members, plan.split_units, deals(layer, plan.members), barrier(scratch)};
+    shared.team = Team{0, plan.members, plan.split_units, deals(layer, plan.members), signals(plan.members, scratch)};
     shared.first_row = first;
     shared.chunk_rows = chunk;
     const PackedWeights* const packed = layer.direction[d].packed;
@@ -207,7 +207,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
   const auto operand = [&](int64_t n) { return rounded ? scratch.rounded(n) : scratch.take(n); };
   GradientTask gradient{};
   gradient.layer = &layer;
-  gradient.team = Team{0, plan.threads, false, false, barrier(scratch)};
+  gradient.team = Team{0, plan.threads, false, false, signals(plan.threads, scratch)};
   gradient.first_row = first_rows(forward, scratch);
   gradient.input_parts = plan.input_parts;
   gradient.weight_parts = plan.weight_parts;
@@ -218,7 +218,7 @@ void lay_out(const LayerBackward& layer, const Plan& plan, Scratch& scratch, Bac
     BackwardTask shared{};
     shared.layer = &layer;
     shared.direction = d;
-    shared.team = Team{0, plan.members, plan.split_units, deals(forward, plan.members), barrier(scratch)};
+    shared.team = Team{0, plan.members, plan.split_units, deals(forward, plan.members), signals(plan.members, scratch)};
     shared.first_row = gradient.first_row;
     shared.w_hh = operand(Rp * (rounded ? in_blocks(gates) : gates));
     shared.w_hr = operand(forward.P ? Hp * (rounded ? in_blocks(forward.P) : forward.P) : 0);
@@ -313,7 +313,7 @@ void backward_with(const LayerBackward& layer, const Plan& plan, void* memory) {
         } else {
           for (int d = 0; d < layer.forward.D; ++d) sweep(sweep_tasks[d][thread]);
         }
-        wait(gradient_tasks[0].team.barrier, plan.threads);
+        wait(gradient_tasks[thread].team);
         products(gradient_tasks[thread]);
       },
       [&] { backward_with(layer, serial_plan(plan), memory); });

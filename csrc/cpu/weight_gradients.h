@@ -44,7 +44,7 @@ class WeightGradients {
   static const Element* elements(const void* p) { return static_cast<const Element*>(p); }
   static Element* elements(void* p) { return static_cast<Element*>(p); }
   int64_t share(int64_t n, int64_t member) const { return n * member / task_.team.members; }
-  void join() const { wait(task_.team.barrier, task_.team.members); }
+  void join() const { wait(task_.team); }
 
   // A product panel^T * rows: rows in column panels of `width` columns, the result [.., width].
   struct Operand {
