@@ -59,6 +59,7 @@ struct BlockArgs {
 //   scale_pairs(even, odd, pairs)        16 pairs times a factor for each of their terms, rounded
 //   transpose(from, from_row, to)        to[j][m] = from[m][j], 16 rows of 16 pairs, from_row elements apart
 //   multiply(args, nv)                   the product above, of an object that one sweep has; end() after the last one
+//   kEqualRows                           rows for which it takes as long as for one
 // and using Element = Bfloat16, kRounds = true.
 
 // Rows [first, first + 16) of w [.., k_size], of which `rows` exist -> blocks [block][pair of terms][row][2], `step`

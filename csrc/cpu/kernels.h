@@ -151,7 +151,7 @@ struct Kernels {
   void (*gradients[kCells])(const GradientTask&);
   void (*pack[kCells])(const LayerForward& layer, int direction, const PackedWeights& packed);  // every panel
   void (*activation)(Activation which, const void* x, void* y, int64_t n);
-  int block_rows;  // rows that a product takes as long for as for one, with products in bfloat16; else 0
+  int equal_rows;  // rows that a product takes as long for as for one, with products in bfloat16; else 0
 };
 
 // What both sides of a library with a cell of its own must agree on; sizes tell most changes of the structs.

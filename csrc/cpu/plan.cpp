@@ -34,36 +34,37 @@ double near_bytes() {
 double cell_time(Cell cell) { return cell == Cell::lstm ? 25 : cell == Cell::gru || cell == Cell::own ? 10 : 6; }
 
 // Times in ns, from measurements on the machines named in docs/architecture.md; only ratios matter. What sets a
-// backward, and a single step, apart was measured with products in float: with those in bfloat16 both are taken for a
-// forward of many steps.
+// backward, and a single step, apart was not measured on AMX: there both are taken for a forward of many steps.
 struct Cost {
   const LayerForward& layer;
   const Kernels& kernels;
   const bool backward;
   double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
   double gates() const { return static_cast<double>(gates_per_unit(layer)); }
+  bool in_blocks_of_rows() const { return kernels.equal_rows > 1; }
   // One step of `rows` rows on 1/parts of the units; backward with its share of what follows the steps.
   double step(double rows, double parts) const {
     const double units = static_cast<double>(layer.H) / parts;
-    return (backward ? 1.5 : 1) * (layer.is_bfloat16 ? rounded_step(rows, units) : forward_step(rows, units));
+    return (backward ? 1.5 : 1) * (in_blocks_of_rows() ? block_step(rows, units) : forward_step(rows, units));
   }
   // The larger of arithmetic and of streaming the weights, and a part of the latter that does not overlap. Fewer than
   // three rows wait for the weights, wherever these lie.
   double forward_step(double rows, double units) const {
     const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
-    const double weights = gates() * units * width() * (layer.is_double ? 8 : 4);
+    const double size = layer.is_double ? 8 : layer.is_bfloat16 ? 2 : 4;  // in bfloat16 half of all takes half the time
+    const double weights = gates() * units * width() * size;
     const bool far = weights > near_bytes();
     const double streamed = weights / (far ? 60.0 : 110.0);
-    const double computed = gates() * units * (recurrent + input) / (6.5 * kernels.lanes) +
-                            rows * units * cell_time(layer.cell) / kernels.lanes;
+    const double computed = (gates() * units * (recurrent + input) / 6.5 + rows * units * cell_time(layer.cell)) /
+                            kernels.lanes * (layer.is_bfloat16 ? 0.5 : 1);
     return (computed > streamed ? computed : streamed) + streamed * (far ? 0.35 : 0.1);
   }
-  // With products in bfloat16: a block of rows takes as long as one row.
-  double rounded_step(double rows, double units) const {
+  // On AMX a block of rows takes as long as one row.
+  double block_step(double rows, double units) const {
     const double blocks =
-        static_cast<double>((static_cast<int64_t>(rows) + kernels.block_rows - 1) / kernels.block_rows);
+        static_cast<double>((static_cast<int64_t>(rows) + kernels.equal_rows - 1) / kernels.equal_rows);
     const double weights = gates() * units * (width() + static_cast<double>(layer.I));
-    return weights * blocks * static_cast<double>(kernels.block_rows) / 800 + weights * 2 / 60 * 0.5 +
+    return weights * blocks * static_cast<double>(kernels.equal_rows) / 800 + weights * 2 / 60 * 0.5 +
            rows * units * (gates() * 0.4 + 1) / kernels.lanes;
   }
   // Packing the weights, shared by `used` threads, `members` to a direction. Forward, threads that share units, and a
@@ -76,7 +77,7 @@ struct Cost {
       each = 0.8;
     } else if (!backward && layer.T == 1 && layer.B < 5 && !layer.is_bfloat16) {
       each = 0.05 * static_cast<double>(layer.B + 1);
-    } else if (backward && layer.T == 1 && !(split_rows && members > 1)) {
+    } else if (backward && layer.T == 1 && !layer.is_bfloat16 && !(split_rows && members > 1)) {
       each = 0.2;  // backward.h: recur_by_rows
     }
     return gates() * static_cast<double>(layer.H * layer.D) * (width() + static_cast<double>(layer.I)) * each / used;
@@ -85,7 +86,10 @@ struct Cost {
   // gradients are read out of other cores' caches.
   double region() const {
     if (!backward) return 2500;
-    return 5000 + static_cast<double>(layer.N * layer.H * layer.D) * gates() * (layer.is_double ? 0.8 : 0.4);
+    return 5000 + static_cast<double>(layer.N * layer.H * layer.D) * gates() *
+                      (layer.is_double     ? 0.8
+                       : layer.is_bfloat16 ? 0.2
+                                           : 0.4);
   }
 };
 
@@ -169,7 +173,7 @@ Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool
   const bool together = layer.D == 2;
   const Split wish = forced;
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
-  const Cost cost{layer, kernels, backward && !layer.is_bfloat16};
+  const Cost cost{layer, kernels, backward && kernels.equal_rows <= 1};
   if (is_round_time_due() && !same(cheapest(cost, threads, kNearRound), cheapest(cost, threads, kFarRound))) {
     measure_round_time(threads);
   }

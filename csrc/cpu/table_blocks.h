@@ -26,7 +26,7 @@ constexpr Kernels block_kernels() {
           {pack_direction_blocks<Lstm, V, Blocks>, pack_direction_blocks<Gru, V, Blocks>,
            pack_direction_blocks<Rnn<Tanh>, V, Blocks>, pack_direction_blocks<Rnn<Relu>, V, Blocks>},
           activation<V>,
-          kBlockRows};
+          Blocks::kEqualRows};
 }
 
 }  // namespace cpu

@@ -15,6 +15,8 @@ namespace cpu {
 namespace {
 
 struct AmxBlocks : BlocksAvx512 {
+  static constexpr int kEqualRows = kBlockRows;
+
   // Not a destructor: its clean-up would bring in a symbol that other objects share.
   void end() { _tile_release(); }
 

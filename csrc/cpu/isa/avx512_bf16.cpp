@@ -55,6 +55,8 @@ __attribute__((noinline)) void dot_tile(const BlockArgs& t) {
 }
 
 struct DotBlocks : BlocksAvx512 {
+  static constexpr int kEqualRows = 1;
+
   void end() {}
 
   static void multiply(const BlockArgs& t, int nv) {
