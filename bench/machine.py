@@ -173,6 +173,13 @@ def measure_peak(threads: int, dtype: torch.dtype) -> float | None:
     return _together(threads, lambda: module.fma_peak(dtype == torch.float64))
 
 
+def measure_round(threads: int) -> float | None:
+    """ns for a cache line from core to core, as threads wait for each other. None for one, or where it cannot be
+    measured."""
+    module = info.compiled()
+    return module.round_time() if threads > 1 and hasattr(module, "round_time") else None
+
+
 def measure_roofline(threads: list[int], dtype: torch.dtype) -> Roofline:
     """Peak and bandwidth for each thread count, at the start of a run; 25 ms a figure."""
     module, roofline = info.compiled(), Roofline()

@@ -121,11 +121,24 @@ def _pairs(rows: Iterable[Row], change: Mapping[str, object], partner: Mapping[s
     return found
 
 
+def _ways(rows: Sequence[Row]) -> list[str]:
+    """How long a cache line took from core to core, before and after each of these rows, where that was measured."""
+    ways = [max(row["round_ns"]) for row in rows if row.get("round_ns") and None not in row["round_ns"]]
+    if not ways:
+        return []
+    far = sum(way > 3 * min(ways) for way in ways)
+    return [
+        f"{rows[0]['threads']} threads: a cache line took {min(ways):.0f} ns from core to core, and in {far} of "
+        f"{len(ways)} rows at a time more than three times as long ({max(ways):.0f} ns at most)"
+    ]
+
+
 def gains(rows: Sequence[Row]) -> list[str]:
     """fastrnn against itself: more threads against one (B >= 16), torch.vmap over B sequences against a batch of B, a
     token of a packed batch against a padded one."""
     lines = []
     for threads in sorted({row["threads"] for row in rows} - {1}):
+        lines += _ways([row for row in timed(rows) if row["threads"] == threads])
         pairs = [(one, more) for more, one in _pairs(rows, {"threads": threads}, {"threads": 1}) if more["B"] >= 16]
         factors = [(one["ours"]["median"] / more["ours"]["median"], more) for one, more in pairs]
         if factors:

@@ -119,10 +119,12 @@ def measure(task: Task, roofline: Roofline, dtype: torch.dtype, seconds: float) 
             functions: dict[str, Callable[[], object]] = {c.name: c.function() for c in contenders}
             wait_until_quiet()
             peak = machine.measure_peak(threads, dtype)  # again for every row: a shared machine's clock moves by 15 %
+            way = machine.measure_round(threads)  # likewise: which cores run the threads is the system's choice
             with torch.inference_mode(not problem.training):
                 timings = interleaved(functions, seconds, threads)
+            ways = [way, machine.measure_round(threads)]
             now = Roofline({threads: peak} if peak else {}, roofline.bandwidth)
-            yield {**row, "fma_peak": peak, **_figures(problem, timings, now, threads)}
+            yield {**row, "fma_peak": peak, "round_ns": ways, **_figures(problem, timings, now, threads)}
 
 
 def _labels(task: Task, threads: int, dtype: torch.dtype) -> Row:

@@ -222,6 +222,9 @@ PYBIND11_MODULE(_C, m) {
       [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::own_isa(), double_precision); }, no_gil(),
       "Peak of the calling thread with the instruction set in use, in GFLOP/s.");
   m.def(
+      "round_time", [] { return fastrnn::cpu::measure_round_time(at::get_num_threads()); }, no_gil(),
+      "What a round of waiting takes the threads of a layer, two or more, in ns, measured now.");
+  m.def(
       "read_bandwidth", [](size_t bytes) { return fastrnn::cpu::read_bandwidth(fastrnn::cpu::own_isa(), bytes); },
       no_gil(), "Read bandwidth of the calling thread over so many bytes, in GB/s.");
 }

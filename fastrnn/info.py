@@ -58,7 +58,8 @@ def compiled() -> ModuleType | None:
     """The compiled module, or None without it, for facts about the build and the CPU.
 
     isa() and available_isas() name instruction sets, compiler() and openmp_runtimes() tell of the build,
-    fma_peak(double_precision) measures the calling thread's peak in GFLOP/s, read_bandwidth(bytes) its reads in GB/s.
+    fma_peak(double_precision) measures the calling thread's peak in GFLOP/s, read_bandwidth(bytes) its reads in GB/s,
+    round_time() the ns that torch's threads take to meet.
     """
     return extension.module
 

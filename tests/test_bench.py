@@ -121,6 +121,8 @@ def test_measure_gives_a_row_for_each_thread_count(pass_, monkeypatch):
     monkeypatch.setattr(machine, "measure_peak", lambda threads, dtype: 100.0 * threads)
     rows = list(runner.measure(task, machine.Roofline(), torch.float32, seconds=0.0))
     assert [(row["threads"], row["fma_peak"]) for row in rows] == [(1, 100.0), (2, 200.0)]
+    assert rows[0]["round_ns"] == [None, None]
+    assert all(way is None or way > 0 for way in rows[1]["round_ns"])
     for row in rows:
         assert row["accuracy"] <= 1
         assert row["fraction_fma"] == pytest.approx(row["gflops"] / row["fma_peak"])
@@ -204,6 +206,14 @@ def test_roofline_interpolates_between_cache_sizes():
     assert roofline.cache_seconds(8192, 1, 1) == pytest.approx(8192 / 16e9)
     assert roofline.fma_seconds(1e9, 2) is None
     assert roofline.cache_seconds(512, 1, 2) is None
+
+
+def test_a_report_says_how_far_apart_the_threads_were():
+    row = {"cell": "gru", "shape": "a", "pass": "inference", "dtype": "float32", "B": 1}
+    ways = {1: [[None, None]], 2: [[70.0, 80.0], [75.0, 300.0], None], 4: [[None, None]]}
+    rows = [{**row, "threads": threads, "round_ns": way} for threads, them in ways.items() for way in them]
+    (line,) = report.gains(rows)
+    assert line.startswith("2 threads: a cache line took 80 ns from core to core, and in 1 of 2 rows")
 
 
 def test_roofline_is_measured_by_the_extension(monkeypatch):

@@ -79,7 +79,7 @@ def test_bits_do_not_depend_on_how_threads_share_a_layer(cell, units, lengths, s
     if lengths:
         x = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
     results = []
-    for count, way in ((1, "chosen"), (2, split), (4, split), (7, split)):
+    for count, way in ((1, "chosen"), (2, split), (4, split), (7, split), (10, split)):
         threads(count, way)
         results.append(training_step(module, x, hx))
     for other in results[1:]:

@@ -163,6 +163,9 @@ PackedWeights pack_weights(const LayerForward& layer, int direction, const Packe
 // How threads share a layer is chosen by its size; tests force either way, also where it does not pay.
 enum class Split : int { chosen, rows, units };
 void force_split(Split split);
+// What a round of waiting takes a team of so many threads now, in ns (meeting.cpp), and as it did last where no team
+// can run; choices go by it from then on.
+double measure_round_time(int threads);
 
 // Whether products are computed in parts (parts.h) wherever they can be, for tests, and not where it pays.
 void force_parts(bool always);

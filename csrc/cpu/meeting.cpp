@@ -22,9 +22,10 @@ constexpr int kMeasured = 16;  // members that take part, at most
 constexpr int kSamples = 5, kRounds = 4;
 constexpr int kCalls = 32;            // from one measurement to the next, at least: it may have to wake the threads
 constexpr int64_t kAge = 10'000'000;  // ns, likewise
+constexpr int64_t kRest = 50;         // and so many times as long as the last one took, where threads lack cores
 
 std::atomic<int> calls_left{0};
-std::atomic<int64_t> measured_at{0};
+std::atomic<int64_t> due_at{0};
 std::atomic<double> round_ns{200};
 
 int64_t now() { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); }
@@ -36,11 +37,13 @@ double round_time() { return round_ns.load(std::memory_order_relaxed); }
 bool is_round_time_due() {
   if (calls_left.fetch_sub(1, std::memory_order_relaxed) > 0) return false;
   calls_left.store(kCalls, std::memory_order_relaxed);
-  return now() - measured_at.load(std::memory_order_relaxed) > kAge;
+  return now() > due_at.load(std::memory_order_relaxed);
 }
 
 // The middle one of a few samples: a member may lose its core in some.
-void measure_round_time(int threads) {
+double measure_round_time(int threads) {
+  if (!can_share(threads)) return round_time();
+  const int64_t begin = now();
   Signal signals[kMeasured] = {};
   const int members = std::min(threads, kMeasured);
   double samples[kSamples] = {};
@@ -64,7 +67,9 @@ void measure_round_time(int threads) {
     std::nth_element(samples, samples + kSamples / 2, samples + kSamples);
     round_ns.store(samples[kSamples / 2], std::memory_order_relaxed);
   }
-  measured_at.store(now(), std::memory_order_relaxed);
+  const int64_t end = now();
+  due_at.store(end + std::max(kAge, kRest * (end - begin)), std::memory_order_relaxed);
+  return round_time();
 }
 
 }  // namespace cpu

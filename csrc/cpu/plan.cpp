@@ -39,8 +39,10 @@ struct Cost {
   const LayerForward& layer;
   const Kernels& kernels;
   const bool backward;
+  const double round;  // of waiting (meeting.cpp)
   double width() const { return static_cast<double>(layer.P ? layer.P : layer.H); }
   double gates() const { return static_cast<double>(gates_per_unit(layer)); }
+  double size() const { return layer.is_double ? 8 : layer.is_bfloat16 ? 2 : 4; }
   bool in_blocks_of_rows() const { return kernels.equal_rows > 1; }
   // One step of `rows` rows on 1/parts of the units; backward with its share of what follows the steps.
   double step(double rows, double parts) const {
@@ -48,11 +50,10 @@ struct Cost {
     return (backward ? 1.5 : 1) * (in_blocks_of_rows() ? block_step(rows, units) : forward_step(rows, units));
   }
   // The larger of arithmetic and of streaming the weights, and a part of the latter that does not overlap. Fewer than
-  // three rows wait for the weights, wherever these lie.
+  // three rows wait for the weights, wherever these lie. In bfloat16, but on AMX, all takes half the time.
   double forward_step(double rows, double units) const {
     const double recurrent = width() * (rows < 3 ? 3 : rows), input = static_cast<double>(layer.I) * rows;
-    const double size = layer.is_double ? 8 : layer.is_bfloat16 ? 2 : 4;  // in bfloat16 half of all takes half the time
-    const double weights = gates() * units * width() * size;
+    const double weights = gates() * units * width() * size();
     const bool far = weights > near_bytes();
     const double streamed = weights / (far ? 60.0 : 110.0);
     const double computed = (gates() * units * (recurrent + input) / 6.5 + rows * units * cell_time(layer.cell)) /
@@ -74,22 +75,28 @@ struct Cost {
     if (layer.direction[0].packed && !backward) return 0;
     double each = 0.3;
     if (!backward && split_rows && members > 1) {
-      each = 0.8;
+      each = 0.8 * far();
     } else if (!backward && layer.T == 1 && layer.B < 5 && !layer.is_bfloat16) {
       each = 0.05 * static_cast<double>(layer.B + 1);
     } else if (backward && layer.T == 1 && !layer.is_bfloat16 && !(split_rows && members > 1)) {
       each = 0.2;  // backward.h: recur_by_rows
     }
+    if (layer.is_bfloat16 && !in_blocks_of_rows()) each *= 0.3;
     return gates() * static_cast<double>(layer.H * layer.D) * (width() + static_cast<double>(layer.I)) * each / used;
   }
   // What a call on more than one thread costs besides: its region, and backward a barrier, behind which the gate
   // gradients are read out of other cores' caches.
   double region() const {
-    if (!backward) return 2500;
-    return 5000 + static_cast<double>(layer.N * layer.H * layer.D) * gates() *
-                      (layer.is_double     ? 0.8
-                       : layer.is_bfloat16 ? 0.2
-                                           : 0.4);
+    if (!backward) return 1000 + 20 * round;
+    return 2000 + 40 * round + static_cast<double>(layer.N * layer.H * layer.D) * gates() * size() * 0.1 * far();
+  }
+  // How much longer than between cores that share a cache many lines take from one to the other.
+  double far() const { return round > 100 ? round / 100 : 1; }
+  // What members that share units wait for at each step: to meet, and one way more of what the others made, of which a
+  // core asks for some 16 lines at a time.
+  double meeting(int members, double share) const {
+    const double lines = static_cast<double>(layer.B) * width() * size() * (1 - share) / 64;
+    return round * (rounds_of(members) + 1 + lines / 16);
   }
 };
 
@@ -117,8 +124,8 @@ Plan forced_plan(const LayerForward& layer, const Kernels& kernels, int threads,
   return Plan{&kernels, members * (together ? 2 : 1), members, together, units && members > 1, 0};
 }
 
-// The least of what one thread, rows and units would take, if a round of waiting took so many ns.
-Plan cheapest(const Cost& cost, int threads, double round) {
+// The least of what one thread, rows and units would take.
+Plan cheapest(const Cost& cost, int threads) {
   const LayerForward& layer = cost.layer;
   const bool together = layer.D == 2;
   const int64_t shares = unit_shares(layer, cost.kernels, cost.backward);
@@ -134,10 +141,8 @@ Plan cheapest(const Cost& cost, int threads, double round) {
     if (by_rows < best && members <= layer.B)
       best = by_rows, chosen = Plan{&cost.kernels, used, members, together, false, 0};
     const double share = static_cast<double>((shares + members - 1) / members) / static_cast<double>(shares);
-    // One round more: the way of what the others made.
-    const double meeting = round * (rounds_of(members) + 1);
-    const double by_units =
-        T * (cost.step(B, 1 / share) * kUneven + meeting) + cost.packing(used, members, false) + cost.region();
+    const double by_units = T * (cost.step(B, 1 / share) * kUneven + cost.meeting(members, share)) +
+                            cost.packing(used, members, false) + cost.region();
     if (by_units < best && members > 1 && members <= shares && !layer.P) {
       best = by_units, chosen = Plan{&cost.kernels, used, members, together, true, 0};
     }
@@ -167,17 +172,21 @@ const Kernels& kernels_for(const LayerForward& layer) {
 
 Plan serial_plan(const Kernels& kernels) { return Plan{&kernels, 1, 1, false, false, 0}; }
 
+bool can_share(int threads) { return threads > 1 && !forked && !omp_in_parallel(); }
+
 Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward) {
   if (threads > kMostThreads) threads = kMostThreads;
-  if (threads < 2 || forked || omp_in_parallel()) return serial_plan(kernels);
+  if (!can_share(threads)) return serial_plan(kernels);
   const bool together = layer.D == 2;
   const Split wish = forced;
   if (wish != Split::chosen) return forced_plan(layer, kernels, threads, together, wish == Split::units && !layer.P);
-  const Cost cost{layer, kernels, backward && kernels.equal_rows <= 1};
-  if (is_round_time_due() && !same(cheapest(cost, threads, kNearRound), cheapest(cost, threads, kFarRound))) {
+  const auto with = [&](double round) {
+    return cheapest(Cost{layer, kernels, backward && kernels.equal_rows <= 1, round}, threads);
+  };
+  if (is_round_time_due() && !same(with(kNearRound), with(kFarRound))) {
     measure_round_time(threads);
   }
-  return cheapest(cost, threads, round_time());
+  return with(round_time());
 }
 
 // Bits must be those of any other number of rows: the size of W_ih decides. Calls of one step pay for what sequences

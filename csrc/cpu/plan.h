@@ -13,14 +13,16 @@ static inline int64_t width_of_h(const LayerForward& layer) { return layer.P ? l
 // The kernels of the instruction set chosen now.
 const Kernels& kernels_for(const LayerForward& layer);
 
+// Whether so many threads can run at once here and now.
+bool can_share(int threads);
+
 // How at most `threads` threads share a layer, by estimates of what each way takes; its products are multiply-adds.
 Plan choose(const LayerForward& layer, const Kernels& kernels, int threads, bool backward);
 
-// meeting.cpp: what a round of waiting takes, in ns, as last measured; whether it has not been for a while and many
-// calls; and a measurement, on all threads that a call may use.
+// meeting.cpp: what a round of waiting takes, in ns, as last measured; and whether it has not been for a while and many
+// calls.
 double round_time();
 bool is_round_time_due();
-void measure_round_time(int threads);
 // Rounds in which so many members meet (barrier.cpp).
 static inline int rounds_of(int members) {
   int rounds = 0;
