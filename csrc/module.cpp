@@ -221,6 +221,8 @@ PYBIND11_MODULE(_C, m) {
       "fma_peak",
       [](bool double_precision) { return fastrnn::cpu::fma_peak(fastrnn::cpu::own_isa(), double_precision); }, no_gil(),
       "Peak of the calling thread with the instruction set in use, in GFLOP/s.");
+  m.def("hold_round_time", &fastrnn::cpu::hold_round_time,
+        "Lets choices go by so many ns in place of what round_time() measures, for the tests; 0 ends that.");
   m.def(
       "round_time", [] { return fastrnn::cpu::measure_round_time(at::get_num_threads()); }, no_gil(),
       "What a round of waiting takes the threads of a layer, two or more, in ns, measured now.");

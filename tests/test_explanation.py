@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 from twins import NAMES, STEPS, an_input
 
 import fastrnn
+from fastrnn import extension
 
 X = torch.zeros(4, 2, 3)
 
@@ -24,11 +25,22 @@ def one_thread():
 
 
 @pytest.fixture
-def two_threads():
+def two_threads(near):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def near():
+    """Plans as they are where the threads' cores share a cache, wherever they are now."""
+    if extension.module is None:
+        yield
+        return
+    extension.module.hold_round_time(60.0)
+    yield
+    extension.module.hold_round_time(0.0)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -94,6 +106,17 @@ def test_plan_of_four_threads_with_two_directions(compiled):
     finally:
         compiled.force_split("chosen")
     assert explained.endswith("; 4 threads that share the units of each direction")
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_plan_goes_by_how_far_apart_the_threads_are(compiled):
+    module, x = fastrnn.LSTM(64, 64), torch.zeros(100, 1, 64)
+    for held, plan in ((60.0, "2 threads that share the units"), (400.0, "1 thread"), (1e6, "1 thread")):
+        compiled.hold_round_time(held)
+        assert fastrnn.explain(module, x).endswith("; " + plan)
+    assert compiled.round_time() == 1e6
+    compiled.hold_round_time(0.0)
+    assert 0 < compiled.round_time() < 1e9
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -166,6 +166,8 @@ void force_split(Split split);
 // What a round of waiting takes a team of so many threads now, in ns (meeting.cpp), and as it did last where no team
 // can run; choices go by it from then on.
 double measure_round_time(int threads);
+// For the tests: choices go by this instead; 0 ends that.
+void hold_round_time(double ns);
 
 // Whether products are computed in parts (parts.h) wherever they can be, for tests, and not where it pays.
 void force_parts(bool always);

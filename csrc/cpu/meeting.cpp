@@ -26,13 +26,18 @@ constexpr int64_t kRest = 50;         // and so many times as long as the last o
 
 std::atomic<int> calls_left{0};
 std::atomic<int64_t> due_at{0};
-std::atomic<double> round_ns{200};
+std::atomic<double> round_ns{200}, held_ns{0};
 
 int64_t now() { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); }
 
 }  // namespace
 
-double round_time() { return round_ns.load(std::memory_order_relaxed); }
+double round_time() {
+  const double held = held_ns.load(std::memory_order_relaxed);
+  return held > 0 ? held : round_ns.load(std::memory_order_relaxed);
+}
+
+void hold_round_time(double ns) { held_ns.store(ns, std::memory_order_relaxed); }
 
 bool is_round_time_due() {
   if (calls_left.fetch_sub(1, std::memory_order_relaxed) > 0) return false;
