@@ -114,7 +114,6 @@ def test_plan_goes_by_how_far_apart_the_threads_are(compiled):
     for held, plan in ((60.0, "2 threads that share the units"), (400.0, "1 thread"), (1e6, "1 thread")):
         compiled.hold_round_time(held)
         assert fastrnn.explain(module, x).endswith("; " + plan)
-    assert compiled.round_time() == 1e6
     compiled.hold_round_time(0.0)
     assert 0 < compiled.round_time() < 1e9
 

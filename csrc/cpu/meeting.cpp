@@ -24,7 +24,13 @@ constexpr int kCalls = 32;            // from one measurement to the next, at le
 constexpr int64_t kAge = 10'000'000;  // ns, likewise
 constexpr int64_t kRest = 50;         // and so many times as long as the last one took, where threads lack cores
 
+// A round takes longer where members share a core. For some milliseconds they may although there are others, when one
+// was just woken: what is found once, and soon measured again, is not believed.
+constexpr double kLacking = 3000;  // ns
+constexpr int kDoubtedCalls = 4;
+
 std::atomic<int> calls_left{0};
+std::atomic<bool> doubted{false};
 std::atomic<int64_t> due_at{0};
 std::atomic<double> round_ns{200}, held_ns{0};
 
@@ -68,13 +74,15 @@ double measure_round_time(int threads) {
       }
     }
   }
-  if (granted) {
-    std::nth_element(samples, samples + kSamples / 2, samples + kSamples);
-    round_ns.store(samples[kSamples / 2], std::memory_order_relaxed);
-  }
+  std::nth_element(samples, samples + kSamples / 2, samples + kSamples);
+  const double found = granted ? samples[kSamples / 2] : round_time();
+  const bool lacking = found > kLacking;
+  if (!lacking || doubted.load(std::memory_order_relaxed)) round_ns.store(found, std::memory_order_relaxed);
+  doubted.store(lacking, std::memory_order_relaxed);
+  if (lacking) calls_left.store(kDoubtedCalls, std::memory_order_relaxed);
   const int64_t end = now();
   due_at.store(end + std::max(kAge, kRest * (end - begin)), std::memory_order_relaxed);
-  return round_time();
+  return found;
 }
 
 }  // namespace cpu
