@@ -16,6 +16,7 @@
 #include "matmul.h"
 #include "parameters.h"
 #include "rows.h"
+#include "sharing.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -74,7 +75,10 @@ class BackwardSteps {
       sweep.step(s, t, both, n);
       if (task_.team.split_units) {
         wait(task_.team);
-        fetch_others(t, n);
+        const Element* d = elements(task_.d_gates) + rows_.packed(t, 0) * d_row_ + Cell::kRecurrent * layer_.H;
+        for (int g = 0; g < G; ++g, d += layer_.H) {
+          fetch_others(d, n, d_row_ * rows_.stride(), layer_.H, first_state(), end_state());
+        }
       }
       before = n;
       t_before_ = t;
@@ -214,18 +218,6 @@ class BackwardSteps {
       differentiate_rows<1, true>(t, begin, m, units_.first(panel), blocks);
     } else {
       differentiate_rows<kAtOnce, false>(t, begin, m, units_.first(panel), blocks);
-    }
-  }
-
-  // As in forward_steps.h: the gradients of the gates that the next step multiplies.
-  inline __attribute__((always_inline)) void fetch_others(int64_t t, int64_t n) const {
-    const int64_t first = first_state(), end = end_state();
-    for (int64_t row = 0; row < n; ++row) {
-      const Element* d = elements(task_.d_gates) + rows_.packed(t, row) * d_row_ + Cell::kRecurrent * layer_.H;
-      for (int g = 0; g < G; ++g, d += layer_.H) {
-        fetch(d, first);
-        fetch(d + end, layer_.H - end);
-      }
     }
   }
 

@@ -10,6 +10,7 @@
 #include "matmul.h"
 #include "parameters.h"
 #include "rows.h"
+#include "sharing.h"
 
 namespace fastrnn {
 namespace cpu {
@@ -17,8 +18,7 @@ namespace cpu {
 // Sweep: the class derived from this one, with
 //   pack()          lays out the weights, this thread's share
 //   project(s)      the input gates of the steps from s on that fit a chunk, unless step() computes them; the step
-//   after
-//                   them
+//                   after them
 //   step(s, t, n, at)   the product of one step of n rows, whose input gates begin at row `at` of the chunk; calls
 //                   activate() on what it leaves in buffer_
 template <class Sweep, class Cell, class V, class Elements>
@@ -70,14 +70,18 @@ class ForwardSteps {
       for (; s < end; ++s) {
         const int64_t t = rows_.time(s), n = rows_.active(t);
         if (rows_.reversed()) at -= n;
-        fetch_results(t, n);
+        if (n > 0 && task_.team.members > 1 && !task_.team.split_units) {
+          const int64_t first = rows_.index(t, 0), column = task_.direction * r_;
+          fetch_results<Cell, Scalar, Element>(layer_, direction_, first, n, column, y_row_, c_row_);
+        }
         sweep.step(s, t, n, at);
         if (layer_.conversion) narrow_y(t, n, (s & 1) ^ 1);
         if (!rows_.reversed()) at += n;
         if (s + 1 < layer_.T) reset_states(s + 1);
         if (task_.team.split_units) {
           wait(task_.team);
-          fetch_others(n, (s & 1) ^ 1);
+          const Element* const h = elements(task_.masked_h[(s & 1) ^ 1]);
+          fetch_others(h, n, Elements::kRounds ? in_blocks(r_) : h_row_, r_, first_unit_, end_unit_);
         }
         const int64_t stay = s + 1 < layer_.T ? rows_.active(rows_.time(s + 1)) : 0;
         if (stay < n) store_states(stay, n, (s + 1) & 1);
@@ -195,30 +199,6 @@ class ForwardSteps {
       for (int64_t row = 0; row < n; ++row) {
         layer_.conversion->narrow(h + row * h_row_, y + rows_.index(t, row) * y_row_, end - first);
       }
-    }
-  }
-
-  // What the other members made of h, all at once: the product would wait for one line of another core after the other.
-  inline __attribute__((always_inline)) void fetch_others(int64_t n, int which) const {
-    const int64_t size = Elements::kRounds ? in_blocks(r_) : h_row_;
-    const Element* h = elements(task_.masked_h[which]);
-    for (int64_t row = 0; row < n; ++row, h += size) {
-      fetch(h, first_unit_);
-      fetch(h + end_unit_, r_ - end_unit_);
-    }
-  }
-
-  // The first lines of what the rows of a step are about to store. Where members share rows, a processor that fetches
-  // ahead of what one stores takes them from another.
-  inline __attribute__((always_inline)) void fetch_results(int64_t t, int64_t n) const {
-    if (n == 0 || task_.team.members == 1 || task_.team.split_units) return;
-    const int64_t first = rows_.index(t, 0);
-    if (!layer_.conversion) {
-      fetch_to_write(elements(layer_.y) + first * y_row_ + task_.direction * r_, n * y_row_);
-    }
-    if (direction_.cells) fetch_to_write(out(direction_.cells) + first * layer_.H, n * layer_.H);
-    if (Cell::kSaved > 0 && direction_.gates) {
-      fetch_to_write(out(direction_.gates) + saved_offset<Cell>(first, c_row_, 0), n * c_row_ * Cell::kSaved);
     }
   }
 

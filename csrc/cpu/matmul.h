@@ -165,13 +165,6 @@ inline __attribute__((always_inline)) void fetch(const Scalar* p, int64_t n) {
   for (int64_t j = 0; j < n; j += static_cast<int64_t>(64 / sizeof(Scalar))) __builtin_prefetch(p + j, 0, 3);
 }
 
-// Likewise of what is about to be written, 4 KB of it at most: lines that another core may hold.
-template <class Scalar>
-inline __attribute__((always_inline)) void fetch_to_write(Scalar* p, int64_t n) {
-  constexpr int64_t kSize = sizeof(Scalar), kMost = 4096 / kSize;
-  for (int64_t j = 0; j < n && j < kMost; j += 64 / kSize) __builtin_prefetch(p + j, 1, 3);
-}
-
 // The instances: as many rows as the registers hold beside the operands; two panels at once while rows are few.
 template <class V>
 struct Tiles {
